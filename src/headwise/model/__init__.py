@@ -1,0 +1,1 @@
+"""The one way into a model: sites, the interception, reads, edits, single and dual runs, the doctor."""

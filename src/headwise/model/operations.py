@@ -1,0 +1,317 @@
+"""The operations edits are made of: functions from the current tensor to the edited one.
+
+An operation sees only the selected heads, in one of two layouts: values `[batch, position, head, dim]` (q, k, v, z, and
+with one "head" mlp and residual) or rows `[batch, head, query, key]` (score, pattern). Which positions and rows of the
+batch keep the result, and at what strength, is decided outside.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headwise.errors import InputError
+from headwise.heads import SiteId
+from headwise.model.positions import Positions, Window
+
+VALUE_VARIABLES = frozenset({"q", "k", "v", "z", "mlp", "residual_pre", "residual_post"})
+ROW_VARIABLES = frozenset({"score", "pattern"})
+Layout = Literal["values", "rows"]
+
+
+class Donor(Protocol):
+    """What a reading captured, as a source of values."""
+
+    def donate(self, here: Here) -> Tensor: ...
+
+
+class ReferenceValues(Protocol):
+    """z of a reference set of items, at their attended positions."""
+
+    def mean(self, site: SiteId) -> Float[Tensor, "head head_dim"]: ...
+
+    def draw(
+        self, site: SiteId, rows: Int[Tensor, " batch"], columns: Int[Tensor, " position"], seed: int
+    ) -> Float[Tensor, "batch position head head_dim"]: ...
+
+
+Value = Any  # float | Tensor | Mapping[label, float | Tensor] | Callable[[Tensor, Here], Tensor] | Donor | OTHER
+
+
+class _Other:
+    def __repr__(self) -> str:
+        return "OTHER"
+
+
+OTHER = _Other()
+"""As a value: the same variable of the same heads in the second stream of a dual run."""
+
+
+@dataclass(frozen=True, eq=False)
+class Here:
+    """Where an operation stands: one call of one site, and what it may look at there.
+
+    Attributes:
+        site, label: the site (or, for mlp and residual, the block).
+        heads: indices of the selected heads in the site; `names`: their labels; `slots`: their places in the whole
+            head set of the edit, which has `count` heads.
+        layout: `values` or `rows`.
+        window: which columns this call sees; None where positions cannot be told.
+        items: `[batch]` row of the batch, before beams, that each row of this call belongs to.
+        batch, span: rows in this call, and positions (values) or queries (rows) of the current tensor.
+        chosen: `[batch, position]` positions where the result will be kept; None is all.
+        keys: `[batch, key]` key columns chosen; None is all.
+        visible: `[batch, head, query, key]`, for rows; `queries`: which of the call's queries the rows are.
+        other: gives the second stream's tensor for the current one, to the first stream of a dual run.
+    """
+
+    site: SiteId
+    label: str
+    heads: tuple[int, ...]
+    names: tuple[str, ...]
+    slots: tuple[int, ...]
+    count: int
+    layout: Layout
+    window: Window | None
+    items: Int[Tensor, " batch"]
+    batch: int
+    span: int
+    chosen: Bool[Tensor, "batch position"] | None = None
+    keys: Bool[Tensor, "batch key"] | None = None
+    visible: Bool[Tensor, "batch head query key"] | None = None
+    queries: Int[Tensor, "*batch query"] | None = None
+    other: Callable[[], Tensor] | None = None
+
+    def pick(self, value: Value, current: Tensor) -> Tensor | float:
+        """A value in a form that broadcasts against `current`.
+
+        Raises:
+            InputError: a tensor that cannot take that form; OTHER outside a dual run.
+        """
+        if isinstance(value, Real):
+            return float(value)
+        if isinstance(value, _Other):
+            if self.other is None:
+                raise InputError(f"{self.label}: OTHER names the second stream, and this is not a dual run")
+            return self.other()
+        if hasattr(value, "donate"):
+            given: Tensor = value.donate(self).to(current)
+            return given
+        if isinstance(value, Mapping):
+            value = torch.stack([torch.as_tensor(value[name]) for name in self.names])
+        elif isinstance(value, Tensor):
+            if value.dim() and value.shape[0] == self.count and (value.dim() > 1 or self.count > 1 or len(value) == 1):
+                value = value[list(self.slots)]
+        else:
+            made = value(current, self)
+            if not isinstance(made, (Tensor, Real)):
+                raise InputError(
+                    f"{self.label}: the value's function gave a {type(made).__name__}; expected a tensor or a number"
+                )
+            return self._fitting(torch.as_tensor(made), current)
+        if value.dim() == 1 and len(value) == len(self.slots):
+            value = value.reshape(-1, 1, 1) if self.layout == "rows" else value.reshape(-1, 1)
+        return self._fitting(value, current)
+
+    def _fitting(self, value: Tensor, current: Tensor) -> Tensor:
+        try:
+            value.expand_as(current)
+        except RuntimeError:
+            raise InputError(
+                f"{self.label}: the value has shape {list(value.shape)}; "
+                f"expected one that broadcasts to {list(current.shape)}"
+            ) from None
+        return value.to(current)
+
+
+def check_value(value: Value, names: Collection[str], dims: Collection[int], layout: Layout, what: str) -> None:
+    """Refuse a value whose shape cannot be meant, before anything runs.
+
+    Raises:
+        InputError: a tensor that is neither a scalar nor `[n_heads]` nor `[n_heads, dim]`; a mapping without a head;
+            what is none of the forms that a value takes.
+    """
+    if hasattr(value, "donate") or isinstance(value, (Real, _Other)):
+        return
+    if isinstance(value, Mapping):
+        unknown = sorted(str(name) for name in value.keys() - set(names))
+        if unknown:
+            raise InputError(f"{what}: the mapping has an entry for {unknown[0]}, which is not among the heads edited")
+        missing = sorted(set(names) - value.keys())
+        if missing:
+            raise InputError(f"{what}: the mapping has no entry for {missing[0]}; it needs one per head")
+        shapes = {tuple(torch.as_tensor(value[name]).shape) for name in names}
+        allowed = {()} if layout == "rows" else {(), *((dim,) for dim in dims)}
+        if len(shapes) != 1 or not shapes <= allowed:
+            raise InputError(f"{what}: entries have shapes {sorted(shapes)}; expected one of {sorted(allowed)} for all")
+    elif isinstance(value, Tensor):
+        n, shape = len(names), tuple(value.shape)
+        allowed = {(), (n,)} if layout == "rows" else {(), (n,), *((n, dim) for dim in dims)}
+        if n == 1 and layout == "values":
+            allowed |= {(dim,) for dim in dims}
+        if shape not in allowed or (len(shape) == 2 and len(set(dims)) > 1):
+            raise InputError(
+                f"{what}: the tensor has shape {list(shape)}; expected one of {sorted(map(list, allowed))}"
+            )
+    elif not callable(value):
+        raise InputError(
+            f"{what}: {value!r} is not a value; pass a number, a tensor, a mapping from head labels, a function, or "
+            "what a reading captured"
+        )
+
+
+class Operation(ABC):
+    """Base of the operations; frozen, so that a plan can share them between runs."""
+
+    variables: ClassVar[frozenset[str]] = VALUE_VARIABLES | ROW_VARIABLES
+    chooses_keys: ClassVar[bool] = False  # the operation itself looks at `here.keys`; its result holds for whole rows
+
+    def serves(self, variable: str) -> bool:
+        return variable in self.variables
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        """The values whose shapes are checked when a plan opens."""
+        return ()
+
+    @abstractmethod
+    def __call__(self, current: Tensor, here: Here) -> Tensor | float:
+        """The edited tensor, or what broadcasts to it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Set(Operation):
+    value: Value
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        return (self.value,)
+
+    def __call__(self, current: Tensor, here: Here) -> Tensor | float:
+        return here.pick(self.value, current)
+
+
+@dataclass(frozen=True, eq=False)
+class Scale(Operation):
+    factor: Value
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        return (self.factor,)
+
+    def __call__(self, current: Tensor, here: Here) -> Tensor:
+        return current * here.pick(self.factor, current)
+
+
+@dataclass(frozen=True, eq=False)
+class Add(Operation):
+    value: Value
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        return (self.value,)
+
+    def __call__(self, current: Tensor, here: Here) -> Tensor:
+        return current + here.pick(self.value, current)
+
+
+@dataclass(frozen=True, eq=False)
+class Mix(Operation):
+    value: Value
+    weight: Value
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        return (self.value, self.weight)
+
+    def __call__(self, current: Tensor, here: Here) -> Tensor:
+        weight = here.pick(self.weight, current)
+        return (1 - weight) * current + weight * here.pick(self.value, current)
+
+
+@dataclass(frozen=True, eq=False)
+class Mean(Operation):
+    variables: ClassVar[frozenset[str]] = frozenset({"z"})
+    reference: ReferenceValues
+
+    def __call__(self, current: Tensor, here: Here) -> Tensor:
+        return self.reference.mean(here.site)[list(here.heads)].to(current)
+
+
+@dataclass(frozen=True, eq=False)
+class Resample(Operation):
+    variables: ClassVar[frozenset[str]] = frozenset({"z"})
+    reference: ReferenceValues
+    seed: int
+
+    def __call__(self, current: Tensor, here: Here) -> Tensor:
+        start = 0 if here.window is None else here.window.start
+        columns = torch.arange(start, start + current.shape[1])
+        return self.reference.draw(here.site, here.items, columns, self.seed)[:, :, list(here.heads)].to(current)
+
+
+@dataclass(frozen=True, eq=False)
+class Uniform(Operation):
+    variables: ClassVar[frozenset[str]] = frozenset({"pattern"})
+
+    def __call__(self, current: Tensor, here: Here) -> Tensor:
+        assert here.visible is not None
+        visible = here.visible.to(current)
+        return visible / visible.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Reweight(Operation):
+    variables: ClassVar[frozenset[str]] = frozenset({"pattern"})
+    chooses_keys: ClassVar[bool] = True
+    factor: Value
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        return (self.factor,)
+
+    def __call__(self, current: Tensor, here: Here) -> Tensor:
+        factor = here.pick(self.factor, current)
+        scaled = current * factor
+        if here.keys is not None:
+            scaled = torch.where(here.keys[:, None, None, :], scaled, current)
+        total = scaled.sum(dim=-1, keepdim=True)
+        return torch.where(total > 0, scaled * (current.sum(dim=-1, keepdim=True) / total.clamp(min=1e-38)), scaled)
+
+
+@dataclass(frozen=True, eq=False)
+class Redistribute(Operation):
+    """The share of the mass on `keys` goes to `to` in proportion to what is there; rows keep their sums."""
+
+    variables: ClassVar[frozenset[str]] = frozenset({"pattern"})
+    chooses_keys: ClassVar[bool] = True
+    share: Value
+    to: Positions
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        return (self.share,)
+
+    def __call__(self, current: Tensor, here: Here) -> Tensor:
+        assert here.keys is not None
+        given = here.keys[:, None, None, :]
+        taking = ~given
+        if self.to is not None:
+            if here.window is None:
+                raise InputError(f"{here.label}: positions cannot be told here, so to= cannot be honoured")
+            chosen = here.window.keys(here.window.key_frame.select(self.to))
+            assert chosen is not None
+            taking = taking & chosen[:, None, None, :]
+        share = here.pick(self.share, current)
+        moved = torch.where(given, current * share, torch.zeros_like(current)).sum(dim=-1, keepdim=True)
+        there = torch.where(taking, current, torch.zeros_like(current))
+        total = there.sum(dim=-1, keepdim=True)
+        edited = torch.where(given, current * (1 - share), current) + there * (moved / total.clamp(min=1e-38))
+        return torch.where(total > 0, edited, current)  # nowhere to put it: the row stays

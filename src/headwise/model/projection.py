@@ -1,0 +1,78 @@
+"""The output projection seen head by head: its input as z, and what each head writes through it."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from headwise.errors import InputError
+from headwise.model.site import Site
+
+
+def heads_of(entering: Tensor, site: Site, rows: int, positions: int) -> Float[Tensor, "batch position head head_dim"]:
+    """The projection's input, however its rows are laid out, as one slice per head."""
+    flat = entering.reshape(-1, entering.shape[-1])
+    if flat.shape[0] != rows * positions:
+        raise InputError(
+            f"{site.label}: its projection was given {flat.shape[0]} positions, its attention {rows} x {positions}"
+        )
+    if site.columns is not None:
+        return flat[:, site.columns.to(flat.device)].reshape(rows, positions, site.n_heads, site.head_dim)
+    return flat.reshape(rows, positions, site.n_heads, site.head_dim)
+
+
+def join_heads(z: Float[Tensor, "batch position head head_dim"], like: Tensor, site: Site) -> Tensor:
+    """Inverse of `heads_of`: the projection's input in the layout it came in."""
+    if site.columns is None:
+        return z.reshape(like.shape)
+    columns = site.columns.reshape(-1).to(z.device)
+    flat = like.reshape(-1, like.shape[-1]).index_copy(1, columns, z.reshape(-1, columns.numel()))
+    return flat.reshape(like.shape)
+
+
+def head_weights(projection: nn.Module, site: Site) -> Float[Tensor, "head head_dim d_model"]:
+    """W_O of every head: `write_h = z_h @ W_O[h]`.
+
+    Taken from the weight where it is an ordinary matrix, else measured by passing unit vectors through the module
+    (quantised or wrapped projections).
+    """
+    width = site.n_heads * site.head_dim
+    columns = torch.arange(width) if site.columns is None else site.columns.reshape(-1)
+    weight = getattr(projection, "weight", None)
+    # By identity: a LoRA layer is called Linear, too, and its weight is only the frozen part of what it does.
+    plain = type(projection) in (nn.Linear, Conv1D) and isinstance(weight, nn.Parameter)
+    matrix: Tensor
+    if plain and weight is not None and weight.dim() == 2 and weight.is_floating_point() and not weight.is_meta:
+        matrix = weight if type(projection) is Conv1D else weight.T
+    else:
+        matrix = _measured(projection, width)
+    return matrix[columns.to(matrix.device)].reshape(site.n_heads, site.head_dim, -1)
+
+
+def projection_bias(projection: nn.Module, like: Float[Tensor, "... width"]) -> Float[Tensor, " d_model"]:
+    """What the projection returns for an input of zeros."""
+    result = projection(torch.zeros_like(like.reshape(-1, like.shape[-1])[:1]))
+    return first(result).reshape(-1)
+
+
+def write_of(
+    z: Float[Tensor, "batch position head head_dim"], projection: nn.Module, site: Site, heads: tuple[int, ...]
+) -> Float[Tensor, "batch position head d_model"]:
+    """z_h W_O^h of the chosen heads (z holds just those)."""
+    weights = head_weights(projection, site)[list(heads)]
+    return torch.einsum("bphd,hdo->bpho", z, weights.to(z.dtype))
+
+
+def first(output: object) -> Tensor:
+    return output[0] if isinstance(output, (tuple, list)) else output  # type: ignore[return-value]
+
+
+def _measured(projection: nn.Module, width: int) -> Tensor:
+    parameter = next((p for p in projection.parameters() if p.is_floating_point()), None)
+    dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
+    device = next((p.device for p in projection.parameters()), torch.device("cpu"))
+    with torch.no_grad():
+        units = torch.eye(width, dtype=dtype, device=device)
+        return first(projection.forward(units)) - first(projection.forward(torch.zeros_like(units[:1])))

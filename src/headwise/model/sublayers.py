@@ -1,0 +1,479 @@
+"""The blocks of a model, what their feed-forward adds to the residual stream, and the final norm, found by running.
+
+No class, attribute or module name is looked up. One forward is recorded block by block, with gradients inside each
+block, and a module is called the feed-forward (MLP) of its block when four things were measured of its output m:
+
+1. d(sum)/dm is one number c times the identity, where `sum` is the block's output, or the input of the norm that
+   closes the block (post-norm models). So c m is added to `sum`, and nothing in the block reads it before.
+2. Either `sum - c m` is, value for value, a state s of the stream that some module of the block read or returned (times
+   a constant), or the block is parallel and s is the block's input.
+3. m at one position depends on s at that position alone: attention, cross-attention from the stream, convolutions and
+   recurrent mixers all fail here.
+4. With s held fixed, m depends on no other argument of the block: cross-attention to encoder states fails here.
+
+Where no module, or more than one, has all four, the answer is None with the reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headwise.errors import InputError
+from headwise.model.norms import FinalNorm, float_dtype, may_be_norm, measure_norm, submodule
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One block: where its residual stream is, and which module's output its feed-forward adds to that stream.
+
+    The stream before the block is the argument `input_key` (an int: positional, a str: keyword), the stream after it is
+    `first_tensor(output)`, both `[batch, position, d_model]`; `residual` says that they are there and of one shape.
+
+    `mlp` is the qualified name of the outermost module whose output (its first tensor), times `mlp_scale`, is added:
+    `stream_after = rest + mlp_scale * output`, or, where `closing_norm` names a norm that stands after that sum
+    (post-norm models), `stream_after = closing_norm(rest + mlp_scale * output)`. Its output is
+    `[batch, position, d_model]`, or the same rows flattened to `[batch * position, d_model]` (OPT). `mlp_scale` is
+    measured in the model's dtype. A block with two feed-forwards in a row (macaron) names the one nearest its output.
+
+    `calls` is how often the block ran in the one forward; with more than one (ALBERT) all else is of the last call.
+    `reasons` says why `residual` is False or `mlp` is None, under these two names.
+    """
+
+    label: str
+    module: str
+    residual: bool
+    input_key: int | str | None
+    mlp: str | None
+    mlp_scale: float
+    closing_norm: str | None
+    calls: int
+    reasons: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Sublayers:
+    """What `find_sublayers` found: blocks by label in the order given, final norms by stack ("main" has no prefix).
+
+    `reasons` says for each stack without a final norm why it has none.
+    """
+
+    blocks: Mapping[str, Block]
+    final_norms: Mapping[str, FinalNorm]
+    reasons: Mapping[str, str]
+
+
+def find_sublayers(model: nn.Module, run: Callable[[], object], blocks: Mapping[str, str]) -> Sublayers:
+    """Run the model once and measure blocks, feed-forward writes and final norms (see the top of this file).
+
+    `run` makes one plain forward of `model` in eval mode, under `torch.no_grad()` and not `inference_mode`, with at
+    least two positions. `blocks` maps a label ("L0", "encoder.L1") to the qualified name of the block's module. Inside
+    each block gradients are on, so tensors kept by the run itself, such as a cache, carry them: throw them away.
+
+    Raises InputError for an empty or nested `blocks`, a name the model does not have, or a run in inference mode.
+    """
+    if not blocks:
+        raise InputError("blocks: empty; expected at least one block label with its module's qualified name")
+    modules = {label: submodule(model, name, f"blocks[{label!r}]") for label, name in blocks.items()}
+    names = sorted(f"{name}." for name in blocks.values())
+    for outer, inner in pairwise(names):
+        if inner.startswith(outer):
+            raise InputError(f"blocks: {inner[:-1]!r} lies in {outer[:-1]!r}; expected blocks apart from one another")
+    forward = _RecordedForward(blocks)
+    grad_was_on = torch.is_grad_enabled()
+    with ExitStack() as undo:
+        undo.callback(torch.set_grad_enabled, grad_was_on)
+        for label, block in modules.items():
+            undo.callback(block.register_forward_pre_hook(forward.enter(label), with_kwargs=True).remove)
+            undo.callback(block.register_forward_hook(forward.leave(label)).remove)
+            for name, part in block.named_modules():
+                if part is not block:
+                    undo.callback(part.register_forward_pre_hook(forward.before(block), with_kwargs=True).remove)
+                    undo.callback(part.register_forward_hook(forward.after(block, name)).remove)
+        inside = {id(part) for block in modules.values() for part in block.modules()}
+        for name, part in model.named_modules():
+            if id(part) not in inside and may_be_norm(part):
+                undo.callback(part.register_forward_hook(forward.outside(name), with_kwargs=True).remove)
+        run()
+    return forward.result()
+
+
+def first_tensor(output: object) -> Tensor | None:
+    """The tensor that a module returned, alone or first in a tuple, list or ModelOutput; None if there is none."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, Sequence) and output and isinstance(output[0], Tensor):
+        return output[0]
+    return None
+
+
+def with_first_tensor(output: Any, tensor: Tensor) -> Any:
+    """`output` in its own form with its first tensor replaced; the given object is left as it is.
+
+    Raises InputError if `output` has no first tensor.
+    """
+    if first_tensor(output) is None:
+        raise InputError(f"output: {type(output).__name__}; expected a tensor, or a tuple that starts with one")
+    if isinstance(output, Tensor):
+        return tensor
+    if isinstance(output, Mapping):
+        changed: Any = copy.copy(output)
+        changed[next(iter(output))] = tensor
+        return changed
+    if hasattr(output, "_replace"):
+        return output._replace(**{output._fields[0]: tensor})
+    return type(output)((tensor, *output[1:]))
+
+
+# ----------------------------------------------------------------------------------------------- recording one forward
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A tensor as it passed by: the object in the graph, and its values then."""
+
+    tensor: Tensor
+    value: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Seen:
+        return cls(tensor, tensor.detach().clone())
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call of a submodule of a block; `only` is its input if it was given that tensor and nothing else."""
+
+    name: str
+    module: nn.Module
+    inputs: tuple[_Seen, ...]
+    only: _Seen | None
+    output: _Seen | None
+
+    def on_stream(self, x: Tensor) -> _Call:
+        """The call with only those of its tensors that could be a state of the stream x or a write to it."""
+        inputs = tuple(seen for seen in self.inputs if _is_stream_like(seen.value, x))
+        only = self.only if self.only is not None and _is_stream_like(self.only.value, x) else None
+        output = self.output if self.output is not None and _is_stream_like(self.output.value, x) else None
+        return replace(self, inputs=inputs, only=only, output=output)
+
+
+@dataclass(slots=True)
+class _BlockRun:
+    """What is kept of a block while it runs: leaves stand for its arguments, and calls are in order of their return."""
+
+    block: nn.Module
+    leaves: dict[int | str, Tensor]
+    grad_was_on: bool
+    open: list[tuple[tuple[_Seen, ...], bool]] = field(default_factory=list)
+    calls: list[_Call] = field(default_factory=list)
+
+    def keeps(self, value: object) -> bool:
+        return isinstance(value, Tensor) and any(_is_stream_like(value, leaf) for leaf in self.leaves.values())
+
+
+class _RecordedForward:
+    """The hooks of one recorded forward; only one block is kept at a time."""
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self.names = names
+        self.running: _BlockRun | None = None
+        self.found: dict[str, Block] = {}
+        self.last: dict[str, Tensor] = {}
+        self.norms: dict[str, dict[str, FinalNorm]] = {}
+
+    def enter(self, label: str) -> Callable[..., Any]:
+        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            if torch.is_inference_mode_enabled():
+                raise InputError("run: inference mode has no gradients; run the forward under torch.no_grad()")
+            order = {name: i for i, name in enumerate(inspect.signature(block.forward).parameters)}
+            given: dict[int | str, Any] = dict(enumerate(args))
+            given.update({key: kwargs[key] for key in sorted(kwargs, key=lambda key: order.get(key, len(order)))})
+            leaves = {
+                key: value.detach().clone().requires_grad_()
+                for key, value in given.items()
+                if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3
+            }
+            self.running = _BlockRun(block, leaves, torch.is_grad_enabled())
+            torch.set_grad_enabled(True)
+            # Clones, because a block may add to its input in place and a leaf that needs a gradient forbids it.
+            passed = {key: leaf.clone() for key, leaf in leaves.items()}
+            return (
+                tuple(passed.get(i, value) for i, value in enumerate(args)),
+                {key: passed.get(key, value) for key, value in kwargs.items()},
+            )
+
+        return hook
+
+    def leave(self, label: str) -> Callable[..., Any]:
+        def hook(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            run = self.running
+            if run is None or run.block is not block:
+                return None
+            self.running = None
+            torch.set_grad_enabled(run.grad_was_on)
+            stream = first_tensor(output)
+            calls = self.found[label].calls + 1 if label in self.found else 1
+            self.found[label] = _measure_block(label, self.names[label], run, stream, calls)
+            if stream is None:
+                return None
+            self.last[_stack(label)] = stream.detach().clone()
+            self.norms[_stack(label)] = {}
+            return with_first_tensor(output, stream.detach())
+
+        return hook
+
+    def before(self, block: nn.Module) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            run = self.running
+            if run is not None and run.block is block:
+                given = [*args, *kwargs.values()]
+                inputs = tuple(_Seen.of(value) for value in given if run.keeps(value))
+                run.open.append((inputs, len(given) == 1))
+
+        return hook
+
+    def after(self, block: nn.Module, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            run = self.running
+            if run is None or run.block is not block:
+                return None
+            inputs, alone = run.open.pop()
+            tensor = first_tensor(output)
+            seen = _Seen.of(tensor) if tensor is not None and run.keeps(tensor) else None
+            run.calls.append(_Call(name, module, inputs, inputs[0] if alone and inputs else None, seen))
+            # The block gets a clone: Falcon adds to a module's output in place, and its own gradient would be lost.
+            return None if seen is None else with_first_tensor(output, seen.tensor.clone())
+
+        return hook
+
+    def outside(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            given = [*args, *kwargs.values()]
+            if self.running is not None or len(given) != 1 or not isinstance(given[0], Tensor):
+                return
+            for stack, stream in self.last.items():
+                if _is_part_of(given[0], stream):
+                    norm = measure_norm(name, module, given[0], first_tensor(output))
+                    if norm is not None:
+                        self.norms[stack][name] = norm
+
+        return hook
+
+    def result(self) -> Sublayers:
+        blocks = {label: self.found.get(label, _never_ran(label, name)) for label, name in self.names.items()}
+        stacks = dict.fromkeys(_stack(label) for label in self.names)
+        unique = {stack: norms for stack in stacks if len(norms := self.norms.get(stack, {})) == 1}
+        return Sublayers(
+            blocks=blocks,
+            final_norms={stack: next(iter(norms.values())) for stack, norms in unique.items()},
+            reasons={stack: _no_norm(self.norms.get(stack)) for stack in stacks if stack not in unique},
+        )
+
+
+def _stack(label: str) -> str:
+    return label.rpartition(".")[0] or "main"
+
+
+def _never_ran(label: str, name: str) -> Block:
+    reason = "the block did not run in the forward it was measured on"
+    return Block(label, name, False, None, None, 1.0, None, 0, {"residual": reason, "mlp": reason})
+
+
+def _no_norm(found: Mapping[str, FinalNorm] | None) -> str:
+    if found is None:
+        return "its blocks did not run in the forward they were measured on"
+    if found:
+        return f"{len(found)} norms read the last block's output: {', '.join(found)}"
+    return "no norm outside the blocks, with its weights in memory, reads the last block's output as it is"
+
+
+def _is_part_of(x: Tensor, stream: Tensor) -> bool:
+    """Whether x is the stream, or holds only positions of it (poolers pick one, heads pick the last ones)."""
+    if x.shape == stream.shape:
+        return torch.equal(x, stream)
+    if stream.ndim != 3 or x.shape[:1] != stream.shape[:1] or x.shape[-1:] != stream.shape[-1:] or not x.numel():
+        return False
+    rows = x.reshape(x.shape[0], -1, 1, x.shape[-1])
+    return bool((rows == stream[:, None]).all(-1).any(-1).all())
+
+
+# ----------------------------------------------------------------------------------------------------- the feed-forward
+
+
+@dataclass(frozen=True, slots=True)
+class _Write:
+    """Module `name` adds `scale * output` to the sum that the block returns, through `closing_norm` if there is one."""
+
+    name: str
+    scale: float
+    closing_norm: str | None
+    output: _Seen
+
+
+def _measure_block(label: str, name: str, run: _BlockRun, stream: Tensor | None, calls: int) -> Block:
+    def without(reason: str) -> Block:
+        return Block(label, name, False, None, None, 1.0, None, calls, {"residual": reason, "mlp": reason})
+
+    if stream is None or stream.ndim != 3:
+        shape = "no tensor first" if stream is None else f"a tensor {list(stream.shape)}"
+        return without(f"the block returns {shape}; a stream is [batch, position, d_model]")
+    key = next((key for key, leaf in run.leaves.items() if leaf.shape == stream.shape), None)
+    if key is None:
+        return without(f"no argument of the block has the shape of its output {list(stream.shape)}")
+    found = _feed_forward(run, run.leaves[key], stream)
+    if isinstance(found, str):
+        return Block(label, name, True, key, None, 1.0, None, calls, {"mlp": found})
+    closing = None if found.closing_norm is None else f"{name}.{found.closing_norm}"
+    return Block(label, name, True, key, f"{name}.{found.name}", found.scale, closing, calls, {})
+
+
+def _feed_forward(run: _BlockRun, x: Tensor, stream: Tensor) -> _Write | str:
+    """The block's one feed-forward write, or in words why there is none."""
+    if x.shape[1] < 2:
+        return "the forward it was measured on had one position; what acts on each alone shows from two on"
+    y = _Seen.of(stream)
+    run.calls = [call.on_stream(x) for call in run.calls]
+    try:
+        writes = _feed_forward_writes(run, x, y, None)
+        for call in run.calls:
+            if writes or call.only is None or call.output is None or not _same(call.output.value, y.value):
+                continue
+            if measure_norm(call.name, call.module, call.only.value, call.output.value) is not None:
+                writes = _feed_forward_writes(run, x, call.only, call.name)
+    except _NoGradient as error:
+        return f"gradients do not pass through the block: {error}"
+    if not writes:
+        return "no module of the block adds its output to the stream and reads the stream at each position alone"
+    # A dropout or layer-drop after the write returns the same values: the module that made them comes first.
+    others = [write.name for write in writes[1:] if not _same(write.output.value, writes[0].output.value)]
+    if others:
+        return f"several modules add to the stream side by side: {', '.join([writes[0].name, *others])}"
+    return writes[0]
+
+
+def _feed_forward_writes(run: _BlockRun, x: Tensor, total: _Seen, closing_norm: str | None) -> list[_Write]:
+    """All outermost modules with the four properties at the top of this file, in the order in which they returned."""
+    if not total.tensor.requires_grad:
+        return []
+    states = [_Seen.of(x), *(seen for call in run.calls for seen in (*call.inputs, call.output) if seen is not None)]
+    signs = _signs(x)
+    writes: list[_Write] = []
+    for name, scale, output in _added_to(run, total, signs):
+        if any(name.startswith(f"{outer.name}.") for outer in writes):
+            continue
+        rest, bound = _rest(total, scale, output)
+        if bool((rest.abs() <= bound).all()):
+            continue  # It is all that the block returns: there is no stream that it could be added to.
+        before = [state for state in states if _is_multiple(rest, state, bound)]
+        at_input = [state for state in states if _same(state.value, x)]
+        if any(_reads_each_position_alone(output, sources, run, signs) for sources in (before, at_input)):
+            writes.append(_Write(name, scale, closing_norm, output))
+    returned = [call.name for call in run.calls]
+    return sorted(writes, key=lambda write: returned.index(write.name))
+
+
+def _added_to(run: _BlockRun, total: _Seen, signs: Tensor) -> list[tuple[str, float, _Seen]]:
+    """Name, factor c and output of each module with d(total)/d(output) = c times the identity; outer ones first."""
+    times = Counter(call.name for call in run.calls)
+    asked = [
+        (call.name, call.output)
+        for call in run.calls
+        if times[call.name] == 1 and call.output is not None and call.output.tensor.requires_grad
+    ]
+    # With r of random signs, r^T d(total)/d(output) = c r holds for c times the identity and by luck for nothing else,
+    # and signs are exact in every dtype.
+    towards = signs.view_as(total.tensor)
+    gradients = _gradients(total.tensor, [seen.tensor for _, seen in asked], towards)
+    added = []
+    for (name, seen), gradient in zip(asked, gradients, strict=True):
+        if gradient is None:
+            continue
+        ratio = (gradient.reshape(signs.shape) * signs).to(float_dtype(gradient))
+        c = float(ratio.mean())
+        if c != 0 and float((ratio - c).abs().max()) <= 4 * torch.finfo(gradient.dtype).eps * abs(c):
+            added.append((name, c, seen))
+    return sorted(added, key=lambda entry: entry[0].count("."))
+
+
+def _rest(total: _Seen, scale: float, output: _Seen) -> tuple[Tensor, Tensor]:
+    """total - scale * output, flat, and how far from it rounding may have moved each element."""
+    whole = total.value.flatten().to(float_dtype(total.value))
+    part = scale * output.value.flatten().to(whole.dtype)
+    # One rounding of the product and one of the sum, each at most eps / 2 of its result; and room for a fused order.
+    return whole - part, 4 * torch.finfo(total.value.dtype).eps * (whole.abs() + part.abs())
+
+
+def _is_multiple(rest: Tensor, state: _Seen, bound: Tensor) -> bool:
+    """Whether rest = a * state for some number a != 0, element by element."""
+    value = state.value.flatten().to(rest.dtype)
+    if not bool(value.any()):
+        return False
+    a = (rest @ value) / (value @ value)
+    return bool(a != 0) and bool(((rest - a * value).abs() <= bound).all())
+
+
+def _reads_each_position_alone(output: _Seen, sources: Sequence[_Seen], run: _BlockRun, signs: Tensor) -> bool:
+    """Whether output at a position depends on the sources there and not elsewhere, and on nothing else the block got.
+
+    Gradients of what does not depend are exact zeros or absent. Two positions are asked: the last, which a causal mixer
+    fills from all others, and a middle one, since a mask may shut the last one off.
+    """
+    cut = [source.tensor for source in sources if source.tensor.requires_grad]
+    others = [leaf for leaf in run.leaves.values() if all(leaf is not tensor for tensor in cut)]
+    length = signs.shape[1]
+    for position in {length - 1, (length - 1) // 2}:
+        towards = torch.zeros_like(signs)
+        towards[:, position] = signs[:, position]
+        towards = towards.view_as(output.tensor)
+        reached = torch.zeros(length, dtype=torch.bool, device=signs.device)
+        for gradient in _gradients(output.tensor, cut, towards):
+            if gradient is not None:
+                reached |= (gradient.reshape(signs.shape) != 0).any(-1).any(0)
+        if reached.nonzero().flatten().tolist() != [position]:
+            return False
+        with ExitStack() as undo:
+            for tensor in cut:
+                undo.callback(tensor.register_hook(torch.zeros_like).remove)  # type: ignore[no-untyped-call]
+            if any(g is not None and bool((g != 0).any()) for g in _gradients(output.tensor, others, towards)):
+                return False
+    return True
+
+
+class _NoGradient(Exception):
+    """Autograd stopped in the block's own operations."""
+
+
+def _gradients(of: Tensor, by: Sequence[Tensor], towards: Tensor) -> Sequence[Tensor | None]:
+    """towards^T d(of)/d(by) for each of by, None where of does not depend on it. Raises _NoGradient."""
+    if not by:
+        return []
+    try:
+        return torch.autograd.grad(of, list(by), towards, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        raise _NoGradient(str(error).partition(":")[0]) from error
+
+
+def _signs(like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randint(0, 2, like.shape, generator=generator) * 2 - 1).to(like)
+
+
+def _is_stream_like(tensor: Tensor, stream: Tensor) -> bool:
+    """As the stream, or as its rows flattened to [batch * position, d_model]."""
+    return tensor.numel() == stream.numel() and tensor.shape[-1:] == stream.shape[-1:]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.numel() == b.numel() and a.dtype == b.dtype and torch.equal(a.flatten(), b.flatten())
