@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,3 +57,8 @@ class AttentionCall:
         """The factor on q.k, by the kernel's own rule: `scaling` if given, else qk_dim ** -0.5."""
         given = self.options.get("scaling")
         return float(self.query.shape[-1] ** -0.5 if given is None else given)
+
+
+def kernel_name(base: Callable[..., Any]) -> str:
+    """What an attention function calls itself, also where it is no plain function."""
+    return getattr(base, "__name__", type(base).__name__)

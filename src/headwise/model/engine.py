@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from headwise.errors import InputError, Refusal
 from headwise.heads import MAIN, SiteId
 from headwise.model import rowwork, valuework
-from headwise.model.calls import AttentionCall
+from headwise.model.calls import AttentionCall, kernel_name
 from headwise.model.plan import FINAL, Operations, Placed, Plan
 from headwise.model.projection import heads_of, join_heads, write_of
 from headwise.model.run import PROJECTION, Run
@@ -87,7 +87,7 @@ class Engine:
         z, *rest = base(module, query, key, value, attention_mask, *args, **options)
         if any(name in operations.reads or name in operations.edits for name in rowwork.VARIABLES):
             named = {**_positional_options(base, args), **options}
-            call = AttentionCall(module, query, key, value, attention_mask, named, base.__name__)
+            call = AttentionCall(module, query, key, value, attention_mask, named, kernel_name(base))
             z = rowwork.serve(call, z, operations, stage)
         z = valuework.edited(z, edits.get("z", []), stage)
         z = valuework.read(z, reads.get("z", []), stage)

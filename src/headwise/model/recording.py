@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from headwise.errors import InputError, Refusal
 from headwise.model import seam
-from headwise.model.calls import AttentionCall
+from headwise.model.calls import AttentionCall, kernel_name
 from headwise.model.rows import mix_values, pattern_rows, score_rows, visible
 from headwise.model.site import Capability, Kind
 
@@ -64,7 +64,7 @@ class Recorder:
     ) -> Any:
         output = base(module, query, key, value, attention_mask, *args, **options)
         z = output[0]
-        call = AttentionCall(module, query, key, value, attention_mask, options, base.__name__)
+        call = AttentionCall(module, query, key, value, attention_mask, options, kernel_name(base))
         rows, causal = _check_rows(call, z)
         seen = Seen(
             module=module,
@@ -75,7 +75,7 @@ class Recorder:
             head_dim=int(value.shape[-1]),
             n_queries=int(query.shape[2]),
             n_keys=int(key.shape[2]),
-            kernel=base.__name__,
+            kernel=call.kernel,
             kind="self" if query.shape[2] == key.shape[2] else "cross",
             rows=rows,
             causal=causal,
