@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import Any
@@ -68,7 +69,8 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
         bench.loaded.append((name, options))
         return f"attached {name}"
 
-    def examine(attached: str, *, seed: int) -> Report:
+    def examine(attached: str, *, seed: int, began: Callable[[str], None]) -> Report:
+        began("no-op")
         assert attached.startswith("attached ")
         bench.drawn.append(seed)
         return bench.report
@@ -89,7 +91,7 @@ def test_the_tables_hold_every_check_site_and_the_summary(bench: Bench, capsys: 
     assert err.splitlines() == [
         "headwise: loading some/model",
         "a model file that prints",
-        "headwise: examining some/model",
+        "headwise: checking: no-op",
     ]
 
 

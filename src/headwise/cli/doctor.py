@@ -51,8 +51,7 @@ def doctor(
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
         )
-        say(f"examining {model}")
-        report = examine(attached, seed=seed or 0)
+        report = examine(attached, seed=seed or 0, began=lambda check: say(f"checking: {check}"))
     if json:
         print_json(report.to_json())
     else:

@@ -85,11 +85,14 @@ EXAMINATIONS = (
 )
 
 
-def examine(attached: AttachedModel, *, seed: int = 0) -> DoctorReport:
+def examine(
+    attached: AttachedModel, *, seed: int = 0, began: Callable[[str], object] = lambda check: None
+) -> DoctorReport:
     """Run every check on an attached model; its weights, gradients, mode and random state are left as they were.
 
     Args:
         seed: draws the heads that are edited.
+        began: told the name of each check as it begins.
 
     Raises:
         PlanConflict: a plan is open on the model, it is running, or it was detached.
@@ -98,7 +101,10 @@ def examine(attached: AttachedModel, *, seed: int = 0) -> DoctorReport:
     cuda = sorted({p.device.index or 0 for p in attached.model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=cuda):
         patient = Patient(attached, seed)
-        found = [_carried_out(examination, patient) for examination in EXAMINATIONS]
+        found = []
+        for examination in EXAMINATIONS:
+            began(examination.name)
+            found.append(_carried_out(examination, patient))
     sites = tuple(SiteReport(site.label, _abilities(site)) for site in attached.sites)
     passed = all(check.status != "fail" for check in found)
     return DoctorReport(attached.name, passed, tuple(found), sites, _summary(patient, found))
