@@ -403,7 +403,7 @@ def test_gradients(heads: list[int] | None) -> None:
 
 def test_uniform_pattern_spreads_over_the_visible_keys() -> None:
     rows = every_row(make_call("sdpa_attention_forward", padded_bool([0, 2], 5, 5)))
-    uniform = uniform_pattern(rows)
+    uniform = uniform_pattern(visible(rows), rows.scores.dtype)
     assert uniform[0, 3, 3].tolist() == [0.25, 0.25, 0.25, 0.25, 0.0]
     assert uniform[1, 0, 3].tolist() == [0.0, 0.0, 0.5, 0.5, 0.0]
     assert (uniform[1, :, :2] == 0).all()

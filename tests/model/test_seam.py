@@ -7,6 +7,7 @@ projection's output instead of its input (wrong heads), `hidden_size // n_heads`
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import subprocess
@@ -307,7 +308,8 @@ def test_the_mask_trap() -> None:
         assert not depends_on_later_tokens(organism)
 
 
-def test_a_users_own_kernel_is_reached_through_the_seam(llama: Organism) -> None:
+@pytest.mark.parametrize(("wrap", "kernel"), [(lambda function: function, "mine"), (functools.partial, "partial")])
+def test_a_users_own_kernel_is_reached_through_the_seam(llama: Organism, wrap: Callable[..., Any], kernel: str) -> None:
     calls = 0
     plain, mask = ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
@@ -317,14 +319,14 @@ def test_a_users_own_kernel_is_reached_through_the_seam(llama: Organism) -> None
         return plain(*args, **kwargs)
 
     base = logits(llama)
-    AttentionInterface.register("mine", mine)
+    AttentionInterface.register("mine", wrap(mine))
     type(ALL_MASK_ATTENTION_FUNCTIONS).register("mine", mask)
     try:
         llama.model.set_attn_implementation("mine")
         with hw.attach(llama.model) as attached:
-            assert [site.kernel for site in attached.sites] == ["mine"] * 3
+            assert [site.kernel for site in attached.sites] == [kernel] * 3
             calls = 0
-            with attached.reading(hw.read.z()):
+            with attached.reading(hw.read.z(), hw.read.rows("L1")):
                 assert torch.equal(logits(llama), base)
             assert calls == 3
     finally:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,12 +20,14 @@ from torch import Tensor
 from headwise.errors import InputError
 from headwise.heads import SiteId
 from headwise.model.positions import Positions, Window
+from headwise.model.rows import uniform_pattern
 
 VALUE_VARIABLES = frozenset({"q", "k", "v", "z", "mlp", "residual_pre", "residual_post"})
 ROW_VARIABLES = frozenset({"score", "pattern"})
 Layout = Literal["values", "rows"]
 
 
+@runtime_checkable
 class Donor(Protocol):
     """What a reading captured, as a source of values."""
 
@@ -101,7 +103,7 @@ class Here:
             if self.other is None:
                 raise InputError(f"{self.label}: OTHER names the second stream, and this is not a dual run")
             return self.other()
-        if hasattr(value, "donate"):
+        if isinstance(value, Donor):
             given: Tensor = value.donate(self).to(current)
             return given
         if isinstance(value, Mapping):
@@ -138,7 +140,7 @@ def check_value(value: Value, names: Collection[str], dims: Collection[int], lay
         InputError: a tensor that is neither a scalar nor `[n_heads]` nor `[n_heads, dim]`; a mapping without a head;
             what is none of the forms that a value takes.
     """
-    if hasattr(value, "donate") or isinstance(value, (Real, _Other)):
+    if isinstance(value, (Real, _Other, Donor)):
         return
     if isinstance(value, Mapping):
         unknown = sorted(str(name) for name in value.keys() - set(names))
@@ -263,8 +265,7 @@ class Uniform(Operation):
 
     def __call__(self, current: Tensor, here: Here) -> Tensor:
         assert here.visible is not None
-        visible = here.visible.to(current)
-        return visible / visible.sum(dim=-1, keepdim=True).clamp(min=1)
+        return uniform_pattern(here.visible, current.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 SAMPLE = 4
 """Sites that are edited one at a time, so that the number of runs does not grow with the depth of the model."""
 
-See = Callable[[Site, Tensor, Tensor], Tensor | None]  # (site, what enters its projection, what comes out)
-
 
 @dataclass(eq=False)
 class Patient:

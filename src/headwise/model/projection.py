@@ -51,12 +51,6 @@ def head_weights(projection: nn.Module, site: Site) -> Float[Tensor, "head head_
     return matrix[columns.to(matrix.device)].reshape(site.n_heads, site.head_dim, -1)
 
 
-def projection_bias(projection: nn.Module, like: Float[Tensor, "... width"]) -> Float[Tensor, " d_model"]:
-    """What the projection returns for an input of zeros."""
-    result = projection(torch.zeros_like(like.reshape(-1, like.shape[-1])[:1]))
-    return first(result).reshape(-1)
-
-
 def write_of(
     z: Float[Tensor, "batch position head head_dim"], projection: nn.Module, site: Site, heads: tuple[int, ...]
 ) -> Float[Tensor, "batch position head d_model"]:

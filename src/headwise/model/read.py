@@ -21,11 +21,11 @@ from typing import Any, Literal
 
 from headwise.errors import InputError
 from headwise.model.positions import Positions, checked_positions
+from headwise.model.statistics import STATISTICS
 
 Point = Literal["post_gate", "pre_gate"]
 HeadLike = Any  # a HeadSet, heads, groups, site labels, label strings, or None for all
 
-STATISTICS = ("entropy", "max", "top1", "sink_mass", "learned_sink", "mean_distance")
 GROUP_VARIABLES = frozenset({"k", "v"})
 ROW_VARIABLES = frozenset({"scores", "rows"})
 BLOCK_VARIABLES = frozenset({"mlp", "residual_pre", "residual_post"})

@@ -135,10 +135,11 @@ def visible(rows: ScoreRows) -> Bool[Tensor, "batch head query key"]:
     return rows.scores > -torch.inf
 
 
-def uniform_pattern(rows: ScoreRows) -> Float[Tensor, "batch head query key"]:
+def uniform_pattern(
+    seen: Bool[Tensor, "batch head query key"], dtype: torch.dtype
+) -> Float[Tensor, "batch head query key"]:
     """Equal weights over the visible keys, summing to 1 (a learned sink gets none); 0 where no key is visible."""
-    seen = visible(rows).to(rows.scores.dtype)
-    return seen / seen.sum(-1, keepdim=True).clamp(min=1)
+    return seen.to(dtype) / seen.sum(-1, keepdim=True).clamp(min=1)
 
 
 def row_chunks(
