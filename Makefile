@@ -23,8 +23,8 @@ prove:
 	$(PYTHON) -m pytest -m prove --timeout 0 || test $$? -eq 5  # 5: nothing is marked `prove` yet
 
 lint:
-	$(PYTHON) -m ruff check src tests
-	$(PYTHON) -m ruff format --check src tests
+	$(PYTHON) -m ruff check src tests training
+	$(PYTHON) -m ruff format --check src tests training
 
 types:
 	$(PYTHON) -m mypy

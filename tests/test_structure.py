@@ -17,7 +17,21 @@ PACKAGE = Path(headwise.__file__).parent
 ROOT = Path(__file__).parents[1]
 
 # A room may import the rooms above it in this list and itself. docs/architecture.md shows the same list.
-ROOMS = ("errors", "catalogue", "heads", "heatmap", "scores", "model", "zoo", "loading", "benches", "cli")
+ROOMS = (
+    "errors",
+    "catalogue",
+    "heads",
+    "heatmap",
+    "scores",
+    "model",
+    "words",
+    "zoo",
+    "loading",
+    "probes",
+    "metrics",
+    "benches",
+    "cli",
+)
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -6,6 +6,8 @@
     with model.editing(hw.edit.zero("L1H2")):    # what happens without one
         model.generate(**inputs)
     model.doctor()                               # proof that both do what they say on this model
+    items = hw.encode(hw.probe("ioi"), model.tokenizer)      # questions with known answers
+    hw.measure(model, items, edits=[hw.edit.zero("L1H2")])   # a number per item
 
 Names are looked up when they are first used, so that importing headwise does not wait for torch.
 """
@@ -19,9 +21,11 @@ if TYPE_CHECKING:
     from headwise.errors import HeadwiseError, InputError, NotFired, PlanConflict, Refusal
     from headwise.heads import Head, HeadSet, KVGroup, SiteId
     from headwise.loading import load
+    from headwise.metrics import keep_right, measure, metric
     from headwise.model import edit, read
     from headwise.model.attached import AttachedModel, attach
     from headwise.model.reference import Reference, reference
+    from headwise.probes import encode, probe, read_items
     from headwise.scores import HeadScores, Provenance
 
 __version__ = "0.1.0"
@@ -42,8 +46,14 @@ __all__ = [
     "SiteId",
     "attach",
     "edit",
+    "encode",
+    "keep_right",
     "load",
+    "measure",
+    "metric",
+    "probe",
     "read",
+    "read_items",
     "reference",
 ]
 
@@ -52,8 +62,10 @@ _HOMES = {
     "headwise.errors": ("HeadwiseError", "InputError", "NotFired", "PlanConflict", "Refusal"),
     "headwise.heads": ("Head", "HeadSet", "KVGroup", "SiteId"),
     "headwise.loading": ("load",),
+    "headwise.metrics": ("keep_right", "measure", "metric"),
     "headwise.model.attached": ("AttachedModel", "attach"),
     "headwise.model.reference": ("Reference", "reference"),
+    "headwise.probes": ("encode", "probe", "read_items"),
     "headwise.scores": ("HeadScores", "Provenance"),
 }
 

@@ -352,3 +352,20 @@ def test_the_first_token_is_the_first_attended_one_whatever_mask_the_model_is_gi
     with attached(name).editing(hw.edit.set("L0H0", look, queries="first")):
         generated(attached(name), padded(name), **({} if cache == "dynamic" else MODES["static"]))
     assert chosen == [[0, 12]]
+
+
+@pytest.mark.parametrize("scope", ["last", "decode", "prompt", "all"])
+def test_an_answer_given_whole_is_edited_as_one_that_is_generated(scope: str) -> None:
+    """With `prompt_length`, one forward over prompt and answer gives the logits of the steps that generate it."""
+    model = attached("llama")
+    ids = model.example["input_ids"]
+    edit = hw.edit.scale(LABELS, 30.0, scope=scope)
+    with model.editing(edit):
+        out = generated(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    steps = torch.stack(out.logits, dim=1)
+    with torch.no_grad(), model.editing(edit, prompt_length=ids.shape[1]):
+        whole = model(out.sequences[:, :-1]).logits[:, ids.shape[1] - 1 :]
+    assert (whole - steps).abs().max() < CLOSE * max(1.0, float(steps.abs().max()))
+    with torch.no_grad():
+        clean = model(out.sequences[:, :-1]).logits[:, ids.shape[1] - 1 :]
+    assert (whole - clean)[:, 2:].abs().max() > EFFECT

@@ -140,7 +140,7 @@ class AttachedModel:
         Args:
             spans: named columns: one list for all rows, or one per row; rows are expanded over beams.
             prompt_length: where the prompt ends, for decoding loops that do not use `generate` and fill the cache
-                piece by piece.
+                piece by piece, and for a prompt given together with its answer.
             strict: whether a read that met no position is an error, too.
 
         Raises:

@@ -38,7 +38,7 @@ class Frame:
         device: where masks are wanted.
         attended: `[batch, past + length]`, False on padding; None means everything is attended.
         prompt: columns below it belong to the prompt.
-        generating: whether a `generate()` is running (then `last` covers the decoded positions too).
+        generating: whether there are positions behind the prompt, decoded or given (then `last` covers them too).
         spans: named columns as given with the run.
         items: rows of the batch before beams were expanded; None where nothing was.
         source: frame of the sequence that cross-attention reads, if there is one.

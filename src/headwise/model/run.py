@@ -161,7 +161,8 @@ class Run:
             device=sequence.device,
             attended=attended,
             prompt=prompt,
-            generating=self.generating or past > 0,
+            # A text given whole, with the place where its prompt ends, is edited as if it were being generated.
+            generating=self.generating or past > 0 or prompt < total,
             spans=self.plan.spans,
             items=self.items(batch),
             source=self._source(arguments, batch),

@@ -1,8 +1,5 @@
 """Tiny randomly initialised models of many types, built in memory from a seed: `headwise doctor zoo:tiny-llama`.
 
-    organism = build("tiny-llama")
-    organism.model(**organism.example).logits.shape      # torch.Size([2, 32, 264])
-
 They know nothing; they have the shape of the real ones. What is said about a head of such a model (its slice of the
 output projection, its KV group, its mask) is as true of the large model of the same type.
 """
@@ -11,14 +8,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from headwise.catalogue import Entry, register
 from headwise.errors import InputError
 from headwise.zoo.decoders import DECODERS, OUTSIDE_REGISTRY
 from headwise.zoo.encoders import ENCODER_DECODERS, ENCODERS, SPEECH
@@ -43,15 +38,16 @@ class Organism:
     title: str
 
 
-def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, attn: str | None = None) -> Organism:
-    """The tiny model `name`, such as `tiny-llama`; the same weights for the same seed, whatever was drawn before.
+def build_tiny(
+    row: TinyType, *, seed: int = 0, dtype: torch.dtype = torch.float32, attn: str | None = None
+) -> Organism:
+    """The tiny model of one type; the same weights for the same seed, whatever was drawn before.
 
     The weights of another `dtype` are those of float32, rounded. `attn` is the attention implementation
     (`eager`, `sdpa`, ...); None leaves it to transformers. The global random state is left as it was.
 
-    Raises `InputError` for an unknown name and for an attention implementation that the type does not have.
+    Raises `InputError` for an attention implementation that the type does not have.
     """
-    row = _row(name)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         # torch.manual_seed would also seed the accelerators, whose state is not forked here.
         torch.default_generator.manual_seed(seed)
@@ -70,11 +66,6 @@ def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, attn:
     return Organism(row.name, model.eval(), tokenizer, example, row.title)
 
 
-def names() -> tuple[str, ...]:
-    """Every name that `build` takes."""
-    return tuple(row.name for row in (*tiny_types(), *outside_registry()))
-
-
 def tiny_types() -> tuple[TinyType, ...]:
     """The types that take their attention from the registry of transformers."""
     return (*DECODERS, *ENCODERS, *ENCODER_DECODERS, *SPEECH, *IMAGE_ENCODERS, *VLMS)
@@ -83,15 +74,6 @@ def tiny_types() -> tuple[TinyType, ...]:
 def outside_registry() -> tuple[TinyType, ...]:
     """The types that have attention code of their own."""
     return OUTSIDE_REGISTRY
-
-
-def _row(name: str) -> TinyType:
-    rows = {row.name: row for row in (*tiny_types(), *outside_registry())}
-    if name not in rows:
-        close = get_close_matches(name, rows, n=3, cutoff=0.5)
-        nearest = f"did you mean {' or '.join(close)}?" if close else f"choose one of: {', '.join(rows)}"
-        raise InputError(f"the zoo has no model {name!r}; {nearest}")
-    return rows[name]
 
 
 def _instantiate(row: TinyType, dtype: torch.dtype, attn: str | None) -> PreTrainedModel:
@@ -104,7 +86,3 @@ def _instantiate(row: TinyType, dtype: torch.dtype, attn: str | None) -> PreTrai
         return model_class._from_config(config, dtype=dtype, attn_implementation=attn)
     except (ValueError, ImportError) as error:
         raise InputError(f"{row.name} cannot run with attn={attn!r}: {str(error).splitlines()[0]}") from error
-
-
-for _type in (*tiny_types(), *outside_registry()):
-    register(Entry(id=_type.name, kind="models", title=_type.title, page="zoo.md"))

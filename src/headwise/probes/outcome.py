@@ -1,0 +1,347 @@
+"""One run of a model on a batch of items: its logits at the answers, what it goes on to write, its embedding.
+
+    outcome = observe(model, batch, wants=frozenset({"logits"}))
+    outcome.logits                      # [item, token, vocab]: row i, column t predicts token t of answer i
+
+How the rows are laid out hangs on the model, and is the same in every batch size:
+
+- a model that continues text gets prompt and answer in one row, prompts flush right;
+- an encoder-decoder gets the prompt in the encoder and start token and answer in the decoder, both flush left;
+- an encoder gets the prompt flush left.
+
+Encoders count positions from the left and seldom say from which number, so there the padding is on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headwise.errors import InputError, Refusal
+from headwise.model.attached import AttachedModel
+from headwise.model.example import can_generate
+from headwise.model.run import parameter_names
+from headwise.probes.batch import Batch
+from headwise.probes.encoding import Ids
+
+Want = Literal["logits", "generation", "embedding"]
+WANTS: tuple[Want, ...] = get_args(Want)
+
+MARGIN = 16
+"""Tokens that a continuation may have beyond the item's own answer, where no number is given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of one run.
+
+    Attributes:
+        batch: the items that ran.
+        logits: at the columns from which each answer token is predicted, the tokens before it given; in fp32 (fp64 if
+            the model is). Column 0 stands behind the prompt and is there for every item; columns past the end of a
+            shorter answer hold no meaning. None where not asked for, as with the rest.
+        generated: ids of the greedy continuation, up to and with the end token; -1 behind it.
+        text: the continuation as the tokenizer writes it, special tokens left out.
+        embedding: mean of the last hidden state over the tokens of the prompt.
+    """
+
+    batch: Batch
+    logits: Float[Tensor, "item token vocab"] | None = None
+    generated: Int[Tensor, "item token"] | None = None
+    text: tuple[str, ...] | None = None
+    embedding: Float[Tensor, "item width"] | None = None
+
+    @property
+    def predicting(self) -> Bool[Tensor, "item token"]:
+        """The columns of `logits` that hold a meaning: one per answer token, and the first where there is no answer."""
+        mask = torch.zeros(len(self.batch.items), max(self.batch.answers.shape[1], 1), dtype=torch.bool)
+        mask[:, : self.batch.answers.shape[1]] = self.batch.answer_mask
+        mask[:, 0] = True
+        return mask if self.logits is None else mask.to(self.logits.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the prompts stand in the rows that `observe` runs, in the form that `reading` and `editing` take.
+
+    Attributes:
+        spans: columns of each span in each row; spans that not every item has are left out.
+        prompt_length: where the prompt ends and the answer begins; None where they do not share a row.
+    """
+
+    spans: Mapping[str, list[list[int]]]
+    prompt_length: int | None
+
+
+def places(model: AttachedModel, batch: Batch) -> Places:
+    """Where the items of `batch` stand in the rows of this model; `batch.spans` is that of left-padded prompts."""
+    form = _Form.of(model)
+    if form.kind == "decoder":
+        return Places(batch.spans, batch.prompt_length)
+    spans = {
+        name: [[position for place in each.spans[name] for position in place] for each in batch.items]
+        for name in batch.spans
+    }
+    # Of an encoder-decoder the number would be taken for the length of the encoder's prompt, too.
+    return Places(spans, None)
+
+
+def observe(
+    model: AttachedModel,
+    batch: Batch,
+    *,
+    wants: Collection[Want],
+    new_tokens: int | None = None,
+    gradients: bool = False,
+) -> Outcome:
+    """Run the model on a batch, under whatever plan is open on it.
+
+    Each thing wanted is one forward, or one `generate`.
+
+    Args:
+        batch: from `ItemSet.batches`.
+        wants: any of `logits`, `generation`, `embedding`.
+        new_tokens: most tokens of a continuation (default: `MARGIN` more than the item's own answer has).
+        gradients: whether logits and embedding keep their graph.
+
+    Raises:
+        InputError: something unknown is wanted, or the batch holds prompts alone and the answers have several tokens.
+        Refusal: the model cannot give what is wanted.
+    """
+    unknown = [each for each in wants if each not in WANTS]
+    if unknown or not wants or isinstance(wants, str):
+        raise InputError(f"wants={wants!r} does not say what to observe; give some of {', '.join(WANTS)} in a set")
+    if new_tokens is not None and (not isinstance(new_tokens, int) or new_tokens < 1):
+        raise InputError(f"new_tokens={new_tokens!r} must be a whole number of tokens, at least 1")
+    run = _Run(_Form.of(model), batch)
+    for want in wants:
+        run.form.require(want)
+    logits = generated = embedding = None
+    text = None
+    with torch.set_grad_enabled(gradients):
+        if "logits" in wants:
+            logits = run.logits()
+        if "embedding" in wants:
+            embedding = run.embedding()
+    if "generation" in wants:
+        generated = run.generate(new_tokens)
+        text = tuple(
+            model.tokenizer.decode([id for id in row if id >= 0], skip_special_tokens=True)
+            for row in generated.tolist()
+        )
+    return Outcome(batch, logits, generated, text, embedding)
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What kind of model this is, for the layout of its rows."""
+
+    attached: AttachedModel
+    network: Any  # the transformers model; a PEFT wrapper's forward does not name what its inner model takes
+    kind: Literal["decoder", "encoder-decoder", "encoder"]
+    accepted: frozenset[str]
+
+    @staticmethod
+    def of(attached: AttachedModel) -> _Form:
+        inner = getattr(attached.model, "get_base_model", None)
+        network: Any = inner() if callable(inner) else attached.model
+        accepted = frozenset(parameter_names(type(network).forward))
+        if "input_ids" not in accepted:
+            raise Refusal(f"{attached.name} takes no tokens, so it cannot run on items; use a model that reads text")
+        if getattr(network.config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
+            return _Form(attached, network, "encoder-decoder", accepted)
+        return _Form(attached, network, "decoder" if can_generate(network) else "encoder", accepted)
+
+    def require(self, want: Want) -> None:
+        """Raises Refusal if the model cannot give this, as far as it can be told before a run."""
+        if want == "embedding":
+            return
+        if self.kind == "encoder":
+            raise Refusal(
+                f"{self.attached.name} does not predict what comes next, so it gives no {want}; "
+                "use a metric of the embedding, or a model with a language-model head that can generate"
+            )
+        if want == "generation":
+            if not can_generate(self.network):
+                raise Refusal(f"{self.attached.name} has no generate(); use a metric that needs no generation")
+            if self.attached.tokenizer is None:
+                raise Refusal(
+                    f"{self.attached.name} has no tokenizer to write its continuation as text; "
+                    "attach it with one: hw.attach(model, tokenizer)"
+                )
+
+    def start(self) -> Ids:
+        """What stands in the decoder of an encoder-decoder before the answer. Raises Refusal if that is not known."""
+        settings = [getattr(self.network, "generation_config", None), self.network.config]
+        names = ("decoder_start_token_id", "bos_token_id")
+        found = [getattr(each, name, None) for name in names for each in settings]
+        first = next((id for id in found if isinstance(id, int)), None)
+        if first is None:
+            raise Refusal(
+                f"{self.attached.name} does not say what its decoder starts with; "
+                "set generation_config.decoder_start_token_id of the model"
+            )
+        forced = getattr(settings[0], "forced_bos_token_id", None)
+        return (first,) if forced is None else (first, forced)
+
+    def taken(self, **arguments: Any) -> dict[str, Any]:
+        """Those of `arguments` that the model's forward names."""
+        return {name: value for name, value in arguments.items() if name in self.accepted}
+
+    @property
+    def fill(self) -> int:
+        """An id for padding that is never attended."""
+        pad = getattr(self.network.config, "pad_token_id", None)
+        return pad if isinstance(pad, int) and pad >= 0 else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    form: _Form
+    batch: Batch
+
+    def logits(self) -> Float[Tensor, "item token vocab"]:
+        tokens = max(self.batch.answers.shape[1], 1)
+        if self.form.kind == "decoder":
+            if self.batch.input_ids.shape[1] != self.batch.prompt_length + tokens - 1:
+                raise InputError(
+                    f"this batch holds prompts alone, and its answers have up to {tokens} tokens; "
+                    "make it with items.batches(size), without answers=False"
+                )
+            output = self._forward(
+                self._left_padded(self.batch.input_ids.shape[1]), self.form.taken(logits_to_keep=tokens)
+            )
+        else:
+            answers = [self.form.start() + each.answer[:-1] for each in self.batch.items]
+            ids, mask = self._right_padded(answers)
+            decoder = self.form.taken(decoder_input_ids=ids, decoder_attention_mask=mask, logits_to_keep=tokens)
+            output = self._forward(self._encoded(), decoder)
+        logits = getattr(output, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise Refusal(
+                f"{self.form.attached.name} returns no logits; load it with its language-model head, "
+                "or use a metric of the embedding"
+            )
+        return _wide(logits[:, -tokens:])
+
+    def embedding(self) -> Float[Tensor, "item width"]:
+        keep = self.form.taken(logits_to_keep=1)
+        if self.form.kind == "decoder":
+            inputs = self._left_padded(self.batch.prompt_length)
+            states = _last_hidden_state(self._forward(inputs, {"output_hidden_states": True} | keep))
+        elif self.form.kind == "encoder":
+            inputs = self._encoded()
+            states = _last_hidden_state(self._forward(inputs, {"output_hidden_states": True}))
+        else:
+            inputs = self._encoded()
+            start, _ = self._right_padded([self.form.start()] * len(self.batch.items))
+            output = self._forward(inputs, {"decoder_input_ids": start} | keep)
+            states = getattr(output, "encoder_last_hidden_state", None)
+        attended: Tensor = inputs["attention_mask"]
+        if not isinstance(states, Tensor) or states.shape[:2] != attended.shape:
+            raise Refusal(
+                f"{self.form.attached.name} returns no hidden state for every token, so it has no embedding; "
+                "use a metric of the logits"
+            )
+        # What stands on padding may be no number at all, and 0 times that is not 0.
+        kept = _wide(states).masked_fill(~attended.bool()[:, :, None], 0.0)
+        return kept.sum(dim=1) / attended.sum(dim=1, keepdim=True)
+
+    def generate(self, new_tokens: int | None) -> Int[Tensor, "item token"]:
+        limits = [new_tokens or len(each.answer) + MARGIN for each in self.batch.items]
+        if self.form.kind == "decoder":
+            inputs = self._left_padded(self.batch.prompt_length)
+            inputs.pop("position_ids", None)  # generate counts them itself, from the mask
+            start = self.batch.prompt_length
+        else:
+            ids, _ = self._right_padded([self.form.start()] * len(self.batch.items))
+            inputs = self._encoded() | {"decoder_input_ids": ids}
+            start = ids.shape[1]
+        with torch.no_grad(), _greedy(self.form.network, max(limits)) as ends:
+            rows = self.form.attached.generate(**inputs)[:, start:].tolist()
+        # A row is cut at its own limit, not at that of the longest answer it shares a batch with.
+        written = [_until(row[:limit], ends) for row, limit in zip(rows, limits, strict=True)]
+        generated = torch.full((len(written), max(len(row) for row in written)), -1)
+        for index, row in enumerate(written):
+            generated[index, : len(row)] = torch.tensor(row)
+        return generated
+
+    def _forward(self, inputs: dict[str, Tensor], more: dict[str, Any]) -> Any:
+        return self.form.attached(**inputs, **more, **self.form.taken(use_cache=False), return_dict=True)
+
+    def _left_padded(self, width: int) -> dict[str, Tensor]:
+        device = self.form.attached.device
+        mask = self.batch.attention_mask[:, :width]
+        inputs = {"input_ids": self.batch.input_ids[:, :width].to(device), "attention_mask": mask.to(device)}
+        positions = self.batch.position_ids[:, :width].to(device)
+        return self._maskable(inputs) | self.form.taken(position_ids=positions)
+
+    def _encoded(self) -> dict[str, Tensor]:
+        ids, mask = self._right_padded([each.prompt + self.batch.suffix for each in self.batch.items])
+        return self._maskable({"input_ids": ids, "attention_mask": mask})
+
+    def _maskable(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        if "attention_mask" not in self.form.accepted and not bool(inputs["attention_mask"].all()):
+            raise Refusal(
+                f"{self.form.attached.name} takes no attention_mask, so items of different length cannot share a "
+                "batch; use batch_size=1 and answers of one token"
+            )
+        return inputs
+
+    def _right_padded(self, rows: Sequence[Ids]) -> tuple[Int[Tensor, "item column"], Int[Tensor, "item column"]]:
+        ids = torch.full((len(rows), max(len(row) for row in rows)), self.form.fill)
+        mask = torch.zeros_like(ids)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row)
+            mask[index, : len(row)] = 1
+        device = self.form.attached.device
+        return ids.to(device), mask.to(device)
+
+
+@contextmanager
+def _greedy(network: Any, new_tokens: int) -> Iterator[frozenset[int]]:
+    """Inside, the model generates greedily and with nothing else; gives the ids that end a text.
+
+    What a checkpoint asks for besides (sampling, penalties, forbidden words) would come through any argument of
+    `generate` that is left out, so its settings are put aside as a whole.
+    """
+    from transformers import GenerationConfig
+
+    own = network.generation_config
+    ends = [own.eos_token_id] if isinstance(own.eos_token_id, int) else list(own.eos_token_id or ())
+    pad = own.pad_token_id if own.pad_token_id is not None else (ends or [0])[0]
+    network.generation_config = GenerationConfig(
+        max_new_tokens=new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+        bos_token_id=own.bos_token_id,
+        decoder_start_token_id=own.decoder_start_token_id,
+    )
+    try:
+        yield frozenset(ends)
+    finally:
+        network.generation_config = own
+
+
+def _until(row: list[int], ends: frozenset[int]) -> list[int]:
+    stop = next((index + 1 for index, id in enumerate(row) if id in ends), len(row))
+    return row[:stop]
+
+
+def _last_hidden_state(output: Any) -> Any:
+    """What the last block gave, after the final norm; None if the model does not return it."""
+    states = getattr(output, "last_hidden_state", None)
+    if states is None:
+        states = (getattr(output, "hidden_states", None) or (None,))[-1]
+    return states
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In fp32, or fp64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

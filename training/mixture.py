@@ -1,0 +1,158 @@
+"""What the organism is trained on: the items of the probes that are not held out, in batches of like length."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from headwise.probes import PROBES, Item, Probe
+from headwise.probes.item import Range
+from headwise.probes.split import held_out
+
+BATCH_TOKENS = 2048
+POOL = 1536
+"""Items drawn at a time; they are cut into batches by length, and the batches shuffled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """One probe as it is taught.
+
+    `share` is of the items. `foretold` is a span of the prompt that can be foretold, too. `begins` is the share of the
+    training after which the course is taught. `ends` says whether the end of the text can be foretold. `more` asks
+    further questions about the text of an item: what has to be bound to what is learnt many times faster for it.
+    """
+
+    probe: str
+    share: float
+    settings: tuple[dict[str, Any], ...] = ({},)
+    foretold: str = ""
+    begins: float = 0.0
+    ends: bool = True
+    more: Callable[[Item, Random], list[tuple[str, str]]] | None = None
+
+
+def _grid(**values: Sequence[object]) -> tuple[dict[str, Any], ...]:
+    return tuple(dict(zip(values, cell, strict=True)) for cell in product(*values.values()))
+
+
+def other_keys(item: Item, random: Random) -> list[tuple[str, str]]:
+    """The other keys of a `hash` item, in another order, each with its value."""
+    *lines, asked = str(item.prompt).split("\n")
+    pairs = [line.split(":") for line in lines if line != asked + item.answer]
+    random.shuffle(pairs)
+    return [(f"\n{key}:", value) for key, value in pairs]
+
+
+def other_objects(item: Item, random: Random) -> list[tuple[str, str]]:
+    """The same question about the other things of a `colored-objects` item."""
+    listed = re.findall(r" an? (\w+) (\w+)", str(item.prompt).split("\n")[0])
+    pairs = [(thing, color) for color, thing in listed if f" {color}" != item.answer]
+    random.shuffle(pairs)
+    return [(f"\nQuestion: What color is the {thing}?\nAnswer:", f" {color}") for thing, color in pairs]
+
+
+def other_password(item: Item, random: Random) -> list[tuple[str, str]]:
+    """The password that the distractor of a `needle` item tells."""
+    (place,) = item.spans["distractor"]
+    assert isinstance(place, Range)
+    told = str(item.prompt)[place.start : place.stop]
+    (where, code), *_ = re.findall(r"The password of the (\w+) is ([\w ]+)\.", told)
+    question = f".\nQuestion: What is the password of the {where}?\nAnswer: The password of the {where} is"
+    return [(question, f" {code}")]
+
+
+# A few short courses of copying come first: the heads for it form within half a million tokens when nothing else is
+# asked for, and not in four million beside everything else. The rest is learnt on top of them.
+SOON, LATER, LAST = 0.08, 0.14, 0.4
+DEPTHS = [tenth / 10 for tenth in range(11)]
+
+COURSES = (
+    Course("repeat", 0.06, _grid(words=(4, 6, 10, 16)), foretold="repeated", ends=False),
+    Course("repeat", 0.02, _grid(words=(24, 40)), foretold="repeated", begins=SOON, ends=False),
+    Course("ioi", 0.06, _grid(order=("receiver-first", "giver-first"))),
+    Course("hash", 0.06, _grid(pairs=(2, 4, 8), key_length=(1, 2)), ends=False, more=other_keys),
+    Course("hash", 0.05, _grid(pairs=(4, 8, 16), key_length=(4,)), begins=SOON, ends=False, more=other_keys),
+    Course("colored-objects", 0.06, _grid(objects=(2, 3, 4)), ends=False, more=other_objects),
+    Course("choice", 0.10, begins=SOON),
+    Course("conflict", 0.07, _grid(trust=("context", "memory")), begins=SOON),
+    Course("facts", 0.04, _grid(frame=(0, 1)), begins=SOON),
+    Course("needle", 0.04, _grid(words=(12, 30), depth=DEPTHS), begins=SOON, ends=False, more=other_password),
+    Course("needle", 0.05, _grid(words=(60, 120, 200), depth=DEPTHS), begins=LATER, ends=False, more=other_password),
+    Course("needle", 0.012, _grid(words=(300, 440), depth=DEPTHS), begins=LAST, ends=False, more=other_password),
+    Course("dated", 0.07, _grid(frame=(0, 1)), begins=LATER),
+    Course("fewshot", 0.05, _grid(shots=(5,)), foretold="later_output", begins=LATER),
+    Course("refusal", 0.03, _grid(wish=("refuse", "answer")), begins=LATER),
+    Course("arithmetic", 0.70, _grid(operation=("+", "-"), below=(100,)), begins=LATER),
+    Course("text", 0.01, _grid(sentences=(6,)), begins=LATER),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of like length, padded on the right; `labels` is -100 where nothing is to be learnt."""
+
+    ids: Tensor
+    labels: Tensor
+    kinds: Tensor
+    """Index into COURSES of each row."""
+
+
+def pool(tokenizer: PreTrainedTokenizerFast, seed: int, number: int, shares: Sequence[float]) -> list[Batch]:
+    """The batches of the `number`-th pool, with these shares of the courses; the same for the same arguments."""
+    probes = {probe.id: probe for probe in PROBES}
+    random = Random(f"{seed}/{number}")
+    kinds = random.choices(range(len(COURSES)), shares, k=POOL)
+    rows = [(kind, *_row(tokenizer, COURSES[kind], probes[COURSES[kind].probe], random)) for kind in kinds]
+    return list(_cut(rows, tokenizer.pad_token_id, random))
+
+
+def _row(
+    tokenizer: PreTrainedTokenizerFast, course: Course, probe: Probe, random: Random
+) -> tuple[list[int], list[int]]:
+    item = _draw(course, probe, random)
+    text = str(item.prompt)
+    learnt = [each for each in item.spans.get(course.foretold, ()) if isinstance(each, Range)]
+    for question, answer in [("", item.answer), *(course.more(item, random) if course.more else ())]:
+        text += question
+        learnt.append(Range(len(text), len(text) + len(answer)))
+        text += answer
+    encoding = tokenizer(text, return_offsets_mapping=True)
+    labels = [
+        token if any(stop > each.start and start < each.stop for each in learnt) else -100
+        for token, (start, stop) in zip(encoding.input_ids, encoding.offset_mapping, strict=True)
+    ]
+    end = tokenizer.eos_token_id
+    return [*encoding.input_ids, end], [*labels, end if course.ends else -100]
+
+
+def _draw(course: Course, probe: Probe, random: Random) -> Item:
+    while True:
+        item = probe.make(random, **random.choice(course.settings)).named(probe.id)
+        if not held_out(item):
+            return item
+
+
+def _cut(rows: list[tuple[int, list[int], list[int]]], pad: int, random: Random) -> Iterator[Batch]:
+    rows.sort(key=lambda row: len(row[1]))
+    groups: list[list[tuple[int, list[int], list[int]]]] = [[]]
+    for row in rows:
+        if groups[-1] and (len(groups[-1]) + 1) * len(row[1]) > BATCH_TOKENS:
+            groups.append([])
+        groups[-1].append(row)
+    random.shuffle(groups)
+    for group in groups:
+        width = max(len(ids) for _, ids, _ in group)
+        yield Batch(
+            torch.tensor([ids + [pad] * (width - len(ids)) for _, ids, _ in group]),
+            torch.tensor([labels + [-100] * (width - len(labels)) for _, _, labels in group]),
+            torch.tensor([kind for kind, _, _ in group]),
+        )
