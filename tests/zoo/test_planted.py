@@ -460,3 +460,21 @@ def test_bad_names_are_one_clear_line() -> None:
         null("repeat", "luck")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no planted model 'plant'; choose from planted, "):
         planted_named("plant")
+
+
+@pytest.mark.parametrize("name", PLANTED_NAMES)
+def test_the_doctor_finds_nothing_wrong_with_those_of_the_zoo(name: str) -> None:
+    with hw.load(f"zoo:{name}") as model:
+        assert model.name == f"zoo:{name}"
+        report = model.doctor()
+    assert report.passed, report
+
+
+@pytest.mark.parametrize("name", PLANTED_NAMES)
+@pytest.mark.parametrize(
+    ("id", "settings"), [("repeat", {}), ("ioi", {}), ("facts", {}), ("conflict", {"trust": "context"})]
+)
+def test_the_probes_are_solved_as_text(name: str, id: str, settings: dict[str, str]) -> None:
+    with hw.load(f"zoo:{name}") as model:
+        items = hw.encode(hw.probe(id).over(**settings), model.tokenizer, n=16)
+        assert hw.measure(model, items, "exact-match").mean() == 1

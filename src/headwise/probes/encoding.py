@@ -285,7 +285,7 @@ class _Writer:
         return prompt if isinstance(prompt, str) else _chat_text(self.tokenizer, prompt)
 
     def _ids(self, text: str) -> Ids:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _continuation(self, text: str, ids: Ids, more: str) -> Ids:
         """The ids that `more` adds behind `text`, whose own ids must stay as they are."""

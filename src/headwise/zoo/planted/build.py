@@ -21,7 +21,15 @@ from transformers import PreTrainedTokenizerBase
 from headwise.errors import InputError
 from headwise.heads import Head
 from headwise.zoo.planted.checkpoint import ARCHITECTURES, GQA_GROUP, Architecture, Geometry, assemble
-from headwise.zoo.planted.circuits import CIRCUITS, DEFAULT_STRENGTH, DIALS, Behaviour, HeadPlan, circuits_named
+from headwise.zoo.planted.circuits import (
+    BEHAVIOURS,
+    CIRCUITS,
+    DEFAULT_STRENGTH,
+    DIALS,
+    Behaviour,
+    HeadPlan,
+    circuits_named,
+)
 from headwise.zoo.planted.drawing import LOGIT_GAIN, Codes, draw_codes, draw_model, subspaces
 from headwise.zoo.planted.examples import Example, examples
 from headwise.zoo.planted.heads import HEAD_DIM
@@ -237,7 +245,11 @@ class _Base:
         model = assemble(geometry, matrices, bos=self.lexicon.bos, pad=pad, dtype=dtype, attn=attn)
         title = f"{kind} {self.architecture}, {self.layers} x {self.heads} heads, seed {self.seed}"
         background = BACKGROUND if kind != "random" else math.inf
-        ids = torch.tensor([example.ids for example in examples(self.lexicon, "ioi", 2, self.seed)])
+        # Every behaviour one after the other, so that every planted head has something to write.
+        asked = [examples(self.lexicon, behaviour, 2, self.seed) for behaviour in BEHAVIOURS]
+        rows = [[self.lexicon.bos, *(id for each in asked for id in each[row].ids[1:])] for row in range(2)]
+        length = min(len(row) for row in rows)
+        ids = torch.tensor([row[:length] for row in rows])
         return Planted(
             name=kind,
             model=model,
