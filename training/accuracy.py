@@ -7,6 +7,7 @@ what the instruction says to trust.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import islice
 
 from headwise import metrics
@@ -44,20 +45,31 @@ def accuracies(model: AttachedModel, *, seed: int = 0) -> dict[str, float]:
         for depth in DEPTHS
     }
     found["needle.accuracy"] = sum(cells.values()) / len(cells)
+    found["needle.worst"] = min(cells.values())
     for words in NEEDLE_WORDS:
         found[f"needle.words_{words}"] = sum(cells[words, depth] for depth in DEPTHS) / len(DEPTHS)
     for depth in DEPTHS:
         found[f"needle.depth_{depth}"] = sum(cells[words, depth] for words in NEEDLE_WORDS) / len(NEEDLE_WORDS)
-    items = encode(_unseen(probe("text"), 64, seed), model.tokenizer, n=None, name="text")
+    items = encode(_unseen(probe("text"), 64, seed), model.tokenizer, name="text")
     found["text.cross_entropy"] = float(metrics.measure(model, items, "cross-entropy").mean())
     return dict(sorted(found.items()))
 
 
 def _share(model: AttachedModel, of: Probe, n: int, seed: int) -> float:
-    items = encode(_unseen(of, n, seed), model.tokenizer, n=None, name=of.id)
+    items = encode(_unseen(of, n, seed), model.tokenizer, name=of.id)
+    if items.n_dropped:
+        raise RuntimeError(f"{of.id}: {items.dropped} cannot be expressed, so the share would not be that of all items")
     return float(metrics.measure(model, items, "exact-match", batch_size=32).mean())
 
 
 def _unseen(of: Probe, n: int, seed: int) -> list[Item]:
-    """The first `n` held-out items of a stream that training does not use; fewer where the probe has no more."""
-    return list(islice(filter(held_out, of.items(f"bench/{seed}")), n))
+    """The first `n` held-out prompts of a stream that training does not use; fewer where the probe has no more.
+
+    Without twins and foils, which exact matches do not use and which not every tokenizer can express.
+    """
+    prompts: dict[object, Item] = {}
+    for item in filter(held_out, islice(of.items(f"bench/{seed}"), 100 * n)):
+        prompts.setdefault(item.prompt, replace(item, twin=None, foils=()))
+        if len(prompts) == n:
+            break
+    return list(prompts.values())

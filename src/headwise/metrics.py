@@ -27,7 +27,7 @@ from headwise.model.attached import AttachedModel
 from headwise.model.edit import Edit
 from headwise.probes.batch import Batch
 from headwise.probes.encoding import EncodedItem, Ids, ItemSet
-from headwise.probes.outcome import WANTS, Outcome, Want, observe, places
+from headwise.probes.outcome import WANTS, Outcome, Want, observe, places, refuse_spans_in_the_decoder, refuse_two_sided
 from headwise.words import refusal_markers
 
 Need = Literal["logits", "generation", "embedding", "clean"]
@@ -104,7 +104,10 @@ def measure(
     edits: Sequence[Edit] = (),
     batch_size: int = 16,
 ) -> Float[Tensor, " item"]:
-    """The metric of every item, in their order, on the CPU; the numbers do not depend on `batch_size`.
+    """The metric of every item, in their order, on the CPU.
+
+    The numbers do not depend on `batch_size`, unless an edit names columns by number (those of padded rows), draws at
+    random or takes its values from another run. Name places by spans.
 
     Runs happen under whatever plan is open on the model, without gradients. The clean run, where the metric needs one,
     is the run without `edits`.
@@ -117,12 +120,21 @@ def measure(
         InputError: no items; an item or an edit that cannot be used.
         Refusal: the model cannot give what the metric needs.
     """
+    if not isinstance(model, AttachedModel):
+        raise InputError(f"measure takes an attached model (hw.load, hw.attach), not a {type(model).__name__}")
+    if not isinstance(items, ItemSet):
+        raise InputError(f"measure takes encoded items (hw.encode), not a {type(items).__name__}")
+    if isinstance(edits, Edit):
+        raise InputError("edits takes a list of edits; write edits=[...]")
     chosen = metric if isinstance(metric, Metric) else _by_id(items.metric if metric is None else metric)
     if not items.items:
         raise InputError(f"{items.probe}: there are no items to measure; encode at least one")
     edits = tuple(edits)
+    refuse_spans_in_the_decoder(model, edits)
     measured = []
     for batch in items.batches(batch_size):
+        if "logits" in chosen.needs:
+            refuse_two_sided(model, batch)
         clean = _observe(model, batch, items, chosen) if not edits or "clean" in chosen.needs else None
         outcome = clean
         if edits:

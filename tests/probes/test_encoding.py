@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from headwise.errors import InputError
 from headwise.probes import Item, ItemSet, Message, Probe, Quote, Range, Twin, encode, probe
+from headwise.zoo.planted.lexicon import own_tokenizer
 
 LETTERS = "abcdefghij <>:."
 BOS = 1
@@ -49,7 +50,7 @@ def one(tokenizer: Any, item: Item, **options: Any) -> ItemSet:
 
 def dropped(tokenizer: Any, item: Item, **options: Any) -> str:
     """Why an item is dropped: beside one that is not, so that the set is not empty."""
-    fine = Item(id="fine", prompt="j", answer=".")
+    fine = Item(id="fine", prompt="a", answer=" a" if tokenizer.unk_token else ".")
     items = encode([fine, item], tokenizer, n=None, **options)
     assert items.ids == ("fine",)
     ((reason, count),) = items.dropped.items()
@@ -207,9 +208,62 @@ def test_the_first_that_can_be_expressed_are_used_and_the_others_counted() -> No
     assert (items.probe, items.metric, items.seed, items.settings) == ("counted", "m", 3, {"ending": ("a", "c")})
 
 
-def test_a_file_may_have_fewer_items_than_asked_for() -> None:
-    items = encode([Item(id="x", prompt="a", answer="b")], letters(), n=64, name="own")
-    assert (len(items), items.probe, items.metric) == (1, "own", "answer-log-probability")
+def test_all_of_a_file_are_used_and_fewer_than_asked_for_are_an_error() -> None:
+    own = [Item(id=str(number), prompt="a" * number, answer="b") for number in range(1, 101)]
+    items = encode(own, letters(), name="own")
+    assert (len(items), items.probe, items.metric) == (100, "own", "answer-log-probability")
+    assert len(encode(own, letters(), n=5)) == 5
+    with pytest.raises(InputError, match="can express 100 of 101 items; there are no more"):
+        encode(own, letters(), n=101)
+
+
+def test_a_probe_without_a_number_gives_64() -> None:
+    assert len(encode(probe("hash"), own_tokenizer())) == 64
+
+
+def test_a_word_that_the_tokenizer_does_not_know_is_counted() -> None:
+    tokenizer = whole_words("a", "b", "c")
+    item = Item(id="x", prompt="a b", answer=" c")
+    assert one(tokenizer, item)
+    for wrong in (
+        replace(item, prompt="a new b"),
+        replace(item, answer=" new"),
+        replace(item, foils=(" new",)),
+        replace(item, twin=Twin(prompt="a new")),
+        replace(item, twin=Twin(prompt="b a", answer=" new")),
+    ):
+        assert dropped(tokenizer, wrong) == "a word is unknown to this tokenizer"
+
+
+def test_a_twin_that_is_the_same_to_the_tokenizer_is_dropped() -> None:
+    item = Item(id="x", prompt="a b", answer=" a", twin=Twin(prompt="A b", answer=" b"))
+    assert dropped(whole_words("a", "b"), item) == "its twin is the same to this tokenizer"
+
+
+def test_a_slow_tokenizer_sees_a_shifted_twin_too() -> None:
+    fast = letters(("a", "b"))
+
+    class Slow:
+        is_fast, unk_token, pad_token_id, model_max_length = False, None, 0, 10**30
+        convert_ids_to_tokens = None
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            return fast(text, **options)
+
+    item = Item(id="x", prompt="ab c de", answer="c", twin=Twin(prompt="de c ab"))
+    assert dropped(Slow(), item) == dropped(fast, item) == "its twin is shifted against it inside"
+
+
+@pytest.mark.parametrize("id", ["facts", "choice", "conflict", "ioi", "arithmetic", "hash"])
+def test_partners_have_answers_and_foils_of_their_own(id: str) -> None:
+    items = encode(probe(id), own_tokenizer(), n=8)
+    for item, twin in zip(items, items.twins(), strict=True):
+        assert item.item.twin is not None
+        assert (twin.item.prompt, twin.item.answer) == (item.item.twin.prompt, item.item.twin.answer)
+        assert twin.item.also == twin.also == ()
+        assert len(twin.foils) == len(twin.item.foils)
+        assert twin.answer not in twin.foils
+        assert bool(twin.answer) == (item.answer in twin.foils)
 
 
 def test_no_more_is_drawn_than_needed() -> None:
@@ -223,13 +277,15 @@ def test_no_more_is_drawn_than_needed() -> None:
 @pytest.mark.parametrize(
     ("items", "options", "said"),
     [
-        ([], {}, "can express 0 of 64 items; there are no more"),
+        ([], {}, "can express none of its items; there are no more"),
+        ([{"prompt": "a"}], {}, "encode takes a probe or items, and one is a dict"),
+        (None, {}, "encode takes a probe or items, not a NoneType"),
+        ([Item(id="x", prompt="a", answer="b")], {"max_tokens": "9"}, "max_tokens='9' must be a whole number"),
         ([Item(id="x", prompt="a", answer="b")] * 2, {}, "items: two items have the id 'x'; give every item an id"),
         ([Item(id="x", prompt="a", answer="b")], {"n": 0}, "n must be a whole number of items, at least 1"),
         ([Item(id="x", prompt="a", answer="b")], {"n": 2.0}, "n must be a whole number of items, at least 1"),
         ([Item(id="x", prompt="a", answer="bc")], {"one_token": True}, "1 x an answer has several tokens"),
         ("ioi", {}, "write probe('ioi') or read_items('ioi')"),
-        (counted(), {"n": None}, "probe counted is endless; say how many items with n="),
         (counted(), {"n": 100}, "counted: this tokenizer and length can express 64 of 100 items"),
         ([Item(id="x", prompt="a", answer="b", spans={"s": (Quote("z"),)})], {}, "items, item x: span text 'z' is not"),
         ([Item(id="x", prompt="a", answer="b", spans={"s": (Range(0, 9),)})], {}, "span 's' is characters 0 to 9 of a"),

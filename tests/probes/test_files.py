@@ -179,7 +179,13 @@ WRONG: list[tuple[object, str, str]] = [  # a line, what is named, what is told 
     (OK | {"spans": {"x": {"text": "a", "occurrence": 2}}}, "span text 'a' is 2 times in the prompt", "from 0, to 1"),
     (OK | {"spans": {"x": {"text": "a", "occurrence": -1}}}, "occurrence of 'x' must be a whole number", "from 0"),
     (OK | {"spans": {"x": {"text": "a", "occurrence": True}}}, "occurrence of 'x' must be a whole number", "from 0"),
-    (OK | {"corrupted": "b b a", "spans": {"x": "b"}}, "field 'corrupted': span text 'b' occurs 2 times", "which one"),
+    (
+        OK | {"corrupted": "x", "corrupted_answer": OK["answer"]},
+        "field 'corrupted_answer': it is the answer",
+        "change it",
+    ),
+    (OK | {"foils": [" z", " z"]}, "field 'foils': an answer stands there twice", "keep one"),
+    ('{"prompt": "q", "answer": "a", "attributes": {"n": 1e999}}', "'n' is too large a number", "write it as a text"),
     (OK | {"attributes": {"x": [1]}}, "field 'attributes': 'x' must be a text or a number", "not [1]"),
     (OK | {"attributes": {"x": True}}, "field 'attributes': 'x' must be a text or a number", "not true"),
     (OK | {"attributes": 1}, "field 'attributes': must be an object", "{name: text or number}"),
@@ -261,3 +267,15 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     assert complaint(path) == "probe file latin.jsonl, line 2: not UTF-8; save the file as UTF-8"
     path.write_text(json.dumps(OK), "utf-16")
     assert "line 1: not UTF-8" in complaint(path)
+
+
+def test_a_place_of_the_twin_is_the_same_place_or_none(tmp_path: Path) -> None:
+    """Where one of several places of a text was corrupted away, counting would name another one."""
+    ring = {
+        "prompt": "The ring is here. The key is in the ring",
+        "corrupted": "The coat is here. The key is in the ring",
+    }
+    spans = {"first": {"text": "ring", "occurrence": 0}, "key": "key"}
+    (item,) = read_items(written(tmp_path, ring | {"answer": " box", "spans": spans}))
+    assert item.twin is not None
+    assert item.twin.spans.keys() == {"key"}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaModel
+from transformers import BertLMHeadModel, GenerationConfig, LlamaModel
 
 import headwise as hw
 from headwise.errors import InputError, Refusal
@@ -338,3 +338,46 @@ def test_padding_that_is_no_number_does_not_reach_the_mean() -> None:
     assert plain is not None
     assert got is not None
     torch.testing.assert_close(got, plain)
+
+
+@pytest.mark.parametrize("kind", ["two-sided", "prefix"])
+def test_a_model_that_looks_ahead_is_not_shown_its_answers(kind: str) -> None:
+    if kind == "prefix":
+        model = load("paligemma")
+    else:
+        config = copy.deepcopy(load("bert").model.config)
+        torch.manual_seed(0)
+        model = OPEN.enter_context(hw.attach(BertLMHeadModel(config).eval(), load("llama").tokenizer, name="two-sided"))
+    long, short = items_of("llama"), items_of("llama")
+    short = replace(short, items=tuple(replace(each, answer=each.answer[:1]) for each in short))
+    with pytest.raises(Refusal, match="looks at tokens behind the one it predicts from"):
+        observe(model, whole(long), wants=LOGITS)
+    assert observe(model, whole(short), wants=LOGITS).logits is not None
+    with pytest.raises(Refusal, match="looks at tokens behind"):
+        hw.measure(model, long, "exact-match", edits=[hw.edit.zero("L1H0")])
+
+
+@pytest.mark.parametrize("heads", ["L1", "cross.L1H0", "encoder.L1, L0H1"])
+def test_spans_of_an_encoder_decoder_are_places_of_its_encoder(heads: str) -> None:
+    with pytest.raises(Refusal, match="'span:end' is a place of the encoder's prompt"):
+        hw.measure(load("t5"), items_of("t5"), "answer-rank", edits=[hw.edit.zero(heads, scope="span:end")])
+
+
+def test_a_pad_outside_the_embedding_is_never_looked_up() -> None:
+    items = items_of("llama")
+    far = replace(items, pad=10**6)
+    got, expected = (observe(load("llama"), whole(each), wants=LOGITS).logits for each in (far, items))
+    assert torch.equal(got, expected)
+
+
+def test_rows_longer_than_the_model_are_one_clear_line() -> None:
+    model = load("gpt2")
+    most = model.model.config.max_position_embeddings
+    item = Item(id="x", prompt="a" * (most - 3), answer="b")
+    items = encode([item], model.tokenizer, max_tokens=10**6)
+    assert observe(model, whole(items), wants=LOGITS | GENERATION).generated is not None, (
+        "with no more than there is room"
+    )
+    longer = encode([replace(item, prompt="a" * most)], model.tokenizer, max_tokens=10**6)
+    with pytest.raises(InputError, match=rf"rows of {most + 1} tokens are longer than the {most} .* max_tokens={most}"):
+        observe(model, whole(longer), wants=LOGITS)

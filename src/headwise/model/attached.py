@@ -84,6 +84,11 @@ class AttachedModel:
     def dtype(self) -> torch.dtype:
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
+    @property
+    def planned(self) -> bool:
+        """Whether a plan of reads or edits is open."""
+        return self._runner.planned
+
     def site(self, label: str) -> Site:
         """The site of a label such as `L4`. Raises InputError, with the nearest labels, if there is none."""
         return self.table.site(label)

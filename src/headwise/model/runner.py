@@ -322,6 +322,10 @@ class Runner:
 
     # -- taking off ---
 
+    @property
+    def planned(self) -> bool:
+        return bool(self._layers)
+
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Inside the block the model runs as if it had never been attached.

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 Ids = tuple[int, ...]
 Places = Mapping[str, tuple[Ids, ...]]
 
+ITEMS = 64
+"""Of a probe, where no number is given."""
+
 PATIENCE = 50
-"""An endless stream is given up when so many items in a row per wanted item cannot be expressed."""
+"""An endless stream is given up when so many items per wanted item, and 200, could not be expressed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,16 +111,17 @@ class ItemSet:
         return replace(self, items=kept, dropped=dict(dropped))
 
     def twins(self) -> ItemSet:
-        """The corrupted partners in place of the items, under the same ids. Raises `InputError` if one has none."""
+        """The corrupted partners in place of the items, under the same ids.
+
+        A partner's foils are the item's answer and its foils but for what the partner itself answers; it has no other
+        right answers, and no foils where it has no answer.
+
+        Raises `InputError` if an item has no partner.
+        """
         missing = next((each.id for each in self.items if each.twin is None), None)
         if missing is not None:
             raise InputError(f"item {missing} has no twin; use a probe whose items have one, or add `corrupted`")
-        swapped = []
-        for each in self.items:
-            twin = each.twin
-            assert twin is not None
-            swapped.append(replace(each, prompt=twin.prompt, answer=twin.answer, spans=twin.spans, twin=None))
-        return replace(self, items=tuple(swapped))
+        return replace(self, items=tuple(_swapped(each) for each in self.items))
 
     def batches(self, size: int = 16, *, answers: bool = True) -> Iterator[Batch]:
         """Rows for the model, padded on the left, `size` at a time; with `answers`, behind each prompt its answer."""
@@ -133,7 +137,7 @@ def encode(
     items: Probe | Iterable[Item],
     tokenizer: Any,
     *,
-    n: int | None = 64,
+    n: int | None = None,
     seed: int | str = 0,
     max_tokens: int | None = None,
     one_token: bool = False,
@@ -142,7 +146,8 @@ def encode(
     """The first `n` items that `tokenizer` can express, in ids.
 
     Args:
-        items: a probe, or items of your own (`read_items`); None for `n` takes all of a finite stream.
+        items: a probe, or items of your own (`read_items`).
+        n: how many (default: 64 of a probe, all of your own).
         tokenizer: a transformers tokenizer.
         seed: of the probe's stream.
         max_tokens: most ids of a prompt and any of its answers together, right or wrong, the twin's too (default: what
@@ -160,19 +165,25 @@ def encode(
     """
     if isinstance(items, str):
         raise InputError(f"encode takes a probe or items, not a text; write probe({items!r}) or read_items({items!r})")
+    if not isinstance(items, Iterable) and not isinstance(items, Probe):
+        raise InputError(f"encode takes a probe or items, not a {type(items).__name__}; see probe() and read_items()")
+    if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
+        raise InputError(f"max_tokens={max_tokens!r} must be a whole number of tokens, at least 1")
     probe = items if isinstance(items, Probe) else None
     stream: Iterable[Item] = probe.items(seed) if probe is not None else items  # type: ignore[assignment]
     label = probe.id if probe is not None else name or "items"
     if n is not None and (not isinstance(n, int) or n < 1):
         raise InputError(f"{label}: n must be a whole number of items, at least 1, or None for all; it is {n!r}")
     if n is None and probe is not None:
-        raise InputError(f"probe {label} is endless; say how many items with n=")
+        n = ITEMS
     writer = _Writer.of(tokenizer, max_tokens, one_token or (probe is not None and probe.one_token))
     kept: list[EncodedItem] = []
     dropped: Counter[str] = Counter()
     seen: set[str] = set()
     examples: dict[str, str] = {}
     for item in stream:
+        if not isinstance(item, Item):
+            raise InputError(f"{label}: encode takes a probe or items, and one is a {type(item).__name__}")
         if item.id in seen:
             raise InputError(f"{label}: two items have the id {item.id!r}; give every item an id of its own")
         seen.add(item.id)
@@ -187,7 +198,7 @@ def encode(
             break
         if n is not None and probe is not None and sum(dropped.values()) >= PATIENCE * n + 200:
             break
-    if not kept or (probe is not None and n is not None and len(kept) < n):
+    if not kept or (n is not None and len(kept) < n):
         why = "; ".join(f"{count} x {reason} ({examples[reason]})" for reason, count in dropped.most_common(3))
         wanted = f"{len(kept)} of {n}" if n is not None else "none of its"
         raise InputError(
@@ -207,6 +218,30 @@ def encode(
     )
 
 
+def _swapped(each: EncodedItem) -> EncodedItem:
+    twin, source = each.twin, each.item.twin
+    assert twin is not None
+    assert source is not None
+    answers = zip((each.item.answer, *each.item.foils), (each.answer, *each.foils), strict=True)
+    # A foil that shares all its tokens with the answer cannot be told from it.
+    foils = [(text, ids) for text, ids in answers if twin.answer and _differ(twin.answer, ids)]
+    item = replace(
+        each.item,
+        prompt=source.prompt,
+        answer=source.answer,
+        also=(),
+        foils=tuple(text for text, _ in foils),
+        spans=source.spans,
+        twin=None,
+    )
+    return EncodedItem(item, twin.prompt, twin.answer, (), tuple(ids for _, ids in foils), twin.spans, None)
+
+
+def _differ(one: Ids, other: Ids) -> bool:
+    """Whether they differ in a token that both have."""
+    return any(a != b for a, b in zip(one, other, strict=False))
+
+
 class _Dropped(Exception):
     def __init__(self, why: str, detail: str) -> None:
         super().__init__(why)
@@ -224,7 +259,7 @@ class _Writer:
 
     @staticmethod
     def of(tokenizer: Any, max_tokens: int | None, one_token: bool) -> _Writer:
-        if tokenizer is None or not callable(tokenizer):
+        if not hasattr(tokenizer, "convert_ids_to_tokens"):
             raise InputError("a probe needs the model's tokenizer; load the model with one, or pass tokenizer=")
         prefix, suffix = _around(tokenizer)
         pad = tokenizer.pad_token_id
@@ -241,6 +276,8 @@ class _Writer:
         prompt = self._ids(prompt_text)
         if not prompt:
             raise _Dropped("the prompt is empty", repr(prompt_text))
+        for text in (prompt_text, item.answer, *item.also, *item.foils):
+            self._require_known(text)
         self._make_sure_it_fits(len(prefix) + len(prompt) + 1)  # here too, as what follows takes its time
         answer = self._continuation(prompt_text, prompt, item.answer)
         also = tuple(self._continuation(prompt_text, prompt, text) for text in item.also)
@@ -252,7 +289,7 @@ class _Writer:
                         "an answer has several tokens where one is needed", f"{text!r} has {len(ids)} tokens"
                     )
         for text, ids in zip(item.foils, foils, strict=True):
-            if all(own == other for own, other in zip(answer, ids, strict=False)):
+            if not _differ(answer, ids):
                 raise _Dropped("a wrong answer differs from the right one in no token", f"{item.answer!r} and {text!r}")
         twin = self._twin(item, prefix, prompt)
         answers = (answer, *also, *foils, *((twin.answer,) if twin else ()))
@@ -270,6 +307,9 @@ class _Writer:
             return None
         text = self._text(twin.prompt)
         ids = self._ids(text)
+        self._require_known(text + twin.answer)
+        if ids == prompt:
+            raise _Dropped("its twin is the same to this tokenizer", repr(text[-40:]))
         if len(ids) != len(prompt):
             raise _Dropped("its twin has another number of tokens", f"{len(prompt)} and {len(ids)}")
         own = self._text(item.prompt)
@@ -286,6 +326,11 @@ class _Writer:
 
     def _ids(self, text: str) -> Ids:
         return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _require_known(self, text: str) -> None:
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        if unknown is not None and unknown in self._ids(text):
+            raise _Dropped("a word is unknown to this tokenizer", repr(text[-60:]))
 
     def _continuation(self, text: str, ids: Ids, more: str) -> Ids:
         """The ids that `more` adds behind `text`, whose own ids must stay as they are."""
@@ -312,10 +357,14 @@ class _Writer:
         return [tuple(pair) for pair in encoding["offset_mapping"]]
 
     def _words(self, text: str, ids: Ids) -> list[int]:
-        """Index of the word that each token is of; empty for a tokenizer that does not tell the characters."""
-        starts = [match.start() for match in re.finditer(r"\S+", text)]
-        ends = [start + len(text[start:stop].rstrip()) for start, stop in self._offsets(text, ids) or ()]
-        return [bisect_left(starts, end) for end in ends]
+        """Index of the word that each token is of; for a tokenizer that does not tell the characters, the number of
+        tokens up to the end of each word."""
+        found = list(re.finditer(r"\S+", text))
+        offsets = self._offsets(text, ids)
+        if offsets is None:
+            return [len(self._ids(text[: match.end()])) for match in found]
+        ends = [start + len(text[start:stop].rstrip()) for start, stop in offsets]
+        return [bisect_left([match.start() for match in found], end) for end in ends]
 
     def _place(self, name: str, place: Range, text: str, ids: Ids, offsets: list[tuple[int, int]] | None) -> Ids:
         """Indices into `ids` of a range of characters: by its own ids where they are found as often as its text, else

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -49,6 +50,8 @@ def read_items(path: str | Path) -> tuple[Item, ...]:
         InputError: the file cannot be used. One line: file, line, field, what is wrong with the first wrong line and
             what to do, and how many more lines are wrong.
     """
+    if not isinstance(path, (str, Path)):
+        raise InputError(f"read_items takes the path of a probe file, not a {type(path).__name__}")
     path = Path(path)
     kind = _KINDS.get(path.suffix.lower())
     if kind is None:
@@ -272,13 +275,17 @@ def _find(quote: Quote, prompt: str | tuple[Message, ...], field: str) -> None:
     if isinstance(prompt, str):
         text = prompt
     else:  # a template may say a text once more, so a later occurrence is left to `encode`
-        text = "\n".join(turn.content for turn in prompt)
+        text = _whole(prompt)
         if quote.occurrence is not None:
             quote = Quote(quote.text, 0)
     try:
         quote.find(text)
     except InputError as error:
         raise _Wrong(field, str(error)) from None
+
+
+def _whole(prompt: str | tuple[Message, ...]) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(turn.content for turn in prompt)
 
 
 def _twin(
@@ -292,15 +299,16 @@ def _twin(
     corrupted = _filled("corrupted", value) if isinstance(prompt, str) else _messages("corrupted", value)
     if corrupted == prompt:
         raise _Wrong("corrupted", "it is the prompt itself; change what the answer depends on, or remove it")
-    text = corrupted if isinstance(corrupted, str) else "\n".join(turn.content for turn in corrupted)
+    text, own = _whole(corrupted), _whole(prompt)
     kept: dict[str, tuple[Quote, ...]] = {}
     for name, quotes in spans.items():
-        there = tuple(q for q in quotes if len(occurrences(q.text, text)) > (q.occurrence or 0))
-        for quote in there:
-            _find(quote, corrupted, "corrupted")
+        # Counted anew, the third place of a text may be another one: it is kept where both have it equally often.
+        there = tuple(q for q in quotes if len(occurrences(q.text, text)) == len(occurrences(q.text, own)))
         if there:
             kept[name] = there
     answer = _filled("corrupted_answer", fields["corrupted_answer"]) if "corrupted_answer" in fields else ""
+    if answer == fields.get("answer"):
+        raise _Wrong("corrupted_answer", "it is the answer itself, so nothing was corrupted; change it, or remove it")
     return Twin(prompt=corrupted, answer=answer, spans=kept)
 
 
@@ -309,6 +317,8 @@ def _attributes(fields: Mapping[str, Any]) -> dict[str, str | int | float]:
     for name, value in given.items():
         if type(value) not in (str, int, float):
             raise _Wrong("attributes", f"{name!r} must be a text or a number, not {_shown(value)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise _Wrong("attributes", f"{name!r} is too large a number; write it as a text")
     return given
 
 
@@ -316,7 +326,10 @@ def _answers(field: str, fields: Mapping[str, Any]) -> tuple[str, ...]:
     value = fields.get(field, [])
     if not isinstance(value, list):
         raise _Wrong(field, f'must be a list of answers such as [" Rome", " Oslo"], not {_shown(value)}')
-    return tuple(_filled(field, each, "an answer") for each in value)
+    answers = tuple(_filled(field, each, "an answer") for each in value)
+    if len(set(answers)) < len(answers):
+        raise _Wrong(field, "an answer stands there twice; keep one")
+    return answers
 
 
 def _filled(field: str, value: Any, part: str = "") -> str:

@@ -82,7 +82,7 @@ class Item:
     """One question with a known answer.
 
     Attributes:
-        id: the same for the same question everywhere; results of two models are joined on it.
+        id: the same for the same prompt, answer and twin everywhere; results of two models are joined on it.
         prompt: the text, or the messages a chat template makes a text of.
         answer: what comes next, as a continuation, so mostly with a space in front.
         also: other right answers.

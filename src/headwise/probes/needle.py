@@ -19,7 +19,8 @@ def _needle(random: Random, *, words: int, depth: float) -> Item:
     if not isinstance(depth, (int, float)) or not 0 <= depth <= 1:
         raise InputError(f"setting 'depth' must be a part of the text, from 0 to 1; it is {depth!r}")
     place, elsewhere = random.sample(word_list("places"), 2)
-    code, other, absent = (random.sample(nouns(), CODE_WORDS) for _ in range(3))
+    drawn = random.sample(nouns(), 3 * CODE_WORDS)
+    code, other, absent = (drawn[first : first + CODE_WORDS] for first in range(0, len(drawn), CODE_WORDS))
     lines = filler(random, words)
     at = round(depth * len(lines))
     also_at = random.randrange(len(lines) + 1)

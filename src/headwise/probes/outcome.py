@@ -14,10 +14,11 @@ Encoders count positions from the left and seldom say from which number, so ther
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from headwise.errors import InputError, Refusal
 from headwise.model.attached import AttachedModel
+from headwise.model.edit import Edit
 from headwise.model.example import can_generate
 from headwise.model.run import parameter_names
 from headwise.probes.batch import Batch
@@ -32,6 +34,8 @@ from headwise.probes.encoding import Ids
 
 Want = Literal["logits", "generation", "embedding"]
 WANTS: tuple[Want, ...] = get_args(Want)
+
+_CAUSAL: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 MARGIN = 16
 """Tokens that a continuation may have beyond the item's own answer, where no number is given."""
@@ -71,7 +75,8 @@ class Places:
     """Where the prompts stand in the rows that `observe` runs, in the form that `reading` and `editing` take.
 
     Attributes:
-        spans: columns of each span in each row; spans that not every item has are left out.
+        spans: columns of each span in each row; spans that not every item has are left out. Of an encoder-decoder
+            they are columns of the encoder, and are right for its heads only.
         prompt_length: where the prompt ends and the answer begins; None where they do not share a row.
     """
 
@@ -88,8 +93,29 @@ def places(model: AttachedModel, batch: Batch) -> Places:
         name: [[position for place in each.spans[name] for position in place] for each in batch.items]
         for name in batch.spans
     }
-    # Of an encoder-decoder the number would be taken for the length of the encoder's prompt, too.
     return Places(spans, None)
+
+
+def refuse_two_sided(model: AttachedModel, batch: Batch) -> None:
+    """Raises `Refusal` if answers of several tokens cannot be put behind their prompts, because the model looks ahead.
+
+    `observe` does so itself unless a plan is open, in which no other run may come between.
+    """
+    _Run(_Form.of(model), batch).refuse_two_sided()
+
+
+def refuse_spans_in_the_decoder(model: AttachedModel, edits: Iterable[Edit]) -> None:
+    """Raises `Refusal` for an edit in a span of an encoder-decoder's decoder: spans are places of the encoder."""
+    if _Form.of(model).kind != "encoder-decoder":
+        return
+    for edit in edits:
+        named = [each for each in (edit.scope, edit.queries, edit.keys) if isinstance(each, str) and "span:" in each]
+        stacks = {site.stack for site in model.table.select(edit.heads).sites} - {"encoder"}
+        if named and stacks:
+            raise Refusal(
+                f"{edit!r} acts in the decoder of {model.name}, and {named[0]!r} is a place of the encoder's prompt; "
+                "edit heads of the encoder, or name columns with your own spans="
+            )
 
 
 def observe(
@@ -154,6 +180,8 @@ class _Form:
         accepted = frozenset(parameter_names(type(network).forward))
         if "input_ids" not in accepted:
             raise Refusal(f"{attached.name} takes no tokens, so it cannot run on items; use a model that reads text")
+        if "pixel_values" in accepted and not can_generate(network):
+            raise Refusal(f"{attached.name} needs pictures beside the text; attach its text tower, or another model")
         if getattr(network.config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
             return _Form(attached, network, "encoder-decoder", accepted)
         return _Form(attached, network, "decoder" if can_generate(network) else "encoder", accepted)
@@ -175,6 +203,32 @@ class _Form:
                     f"{self.attached.name} has no tokenizer to write its continuation as text; "
                     "attach it with one: hw.attach(model, tokenizer)"
                 )
+
+    def require_causal(self, inputs: dict[str, Tensor]) -> None:
+        """Raises Refusal if a token changes the logits before it: an answer behind its prompt would show itself.
+
+        Tried once per model, on two rows that differ in their last token, when no plan is open: a run of the user's own
+        plan must not be another one.
+        """
+        known = _CAUSAL.get(self.network)
+        if known is None and self.attached.planned:
+            return
+        if known is None:
+            row = {name: tensor[:1].repeat(2, 1) for name, tensor in inputs.items()}
+            last = row["input_ids"][1, -1]
+            row["attention_mask"] = torch.ones_like(row["attention_mask"])
+            if "position_ids" in row:
+                row["position_ids"] = torch.arange(row["position_ids"].shape[1], device=last.device).repeat(2, 1)
+            row["input_ids"][1, -1] = last - 1 if last > 0 else last + 1
+            with torch.no_grad():
+                logits = self.network(**row, **self.taken(use_cache=False)).logits
+            known = bool((logits[0, :-1] - logits[1, :-1]).abs().max() < 1e-4 * logits.abs().max())
+            _CAUSAL[self.network] = known
+        if not known:
+            raise Refusal(
+                f"{self.attached.name} looks at tokens behind the one it predicts from, so an answer given behind its "
+                "prompt would show itself; use exact-match-generated, or answers of one token"
+            )
 
     def start(self) -> Ids:
         """What stands in the decoder of an encoder-decoder before the answer. Raises Refusal if that is not known."""
@@ -214,6 +268,7 @@ class _Run:
                     f"this batch holds prompts alone, and its answers have up to {tokens} tokens; "
                     "make it with items.batches(size), without answers=False"
                 )
+            self.refuse_two_sided()
             output = self._forward(
                 self._left_padded(self.batch.input_ids.shape[1]), self.form.taken(logits_to_keep=tokens)
             )
@@ -229,6 +284,12 @@ class _Run:
                 "or use a metric of the embedding"
             )
         return _wide(logits[:, -tokens:])
+
+    def refuse_two_sided(self) -> None:
+        """Raises Refusal if the answers have several tokens, and the model would see those it has yet to say."""
+        width = self.batch.input_ids.shape[1]
+        if self.form.kind == "decoder" and width > self.batch.prompt_length:
+            self.form.require_causal(self._left_padded(width))
 
     def embedding(self) -> Float[Tensor, "item width"]:
         keep = self.form.taken(logits_to_keep=1)
@@ -256,6 +317,9 @@ class _Run:
     def generate(self, new_tokens: int | None) -> Int[Tensor, "item token"]:
         limits = [new_tokens or len(each.answer) + MARGIN for each in self.batch.items]
         if self.form.kind == "decoder":
+            room = self._room(self.batch.prompt_length)
+            limits = [min(limit, max(room, 1)) for limit in limits]
+        if self.form.kind == "decoder":
             inputs = self._left_padded(self.batch.prompt_length)
             inputs.pop("position_ids", None)  # generate counts them itself, from the mask
             start = self.batch.prompt_length
@@ -276,15 +340,32 @@ class _Run:
         return self.form.attached(**inputs, **more, **self.form.taken(use_cache=False), return_dict=True)
 
     def _left_padded(self, width: int) -> dict[str, Tensor]:
+        self._room(width)
         device = self.form.attached.device
         mask = self.batch.attention_mask[:, :width]
-        inputs = {"input_ids": self.batch.input_ids[:, :width].to(device), "attention_mask": mask.to(device)}
+        # What pads in the tokenizer may lie outside the model's embedding.
+        ids = self.batch.input_ids[:, :width].masked_fill(mask == 0, self.form.fill)
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         positions = self.batch.position_ids[:, :width].to(device)
         return self._maskable(inputs) | self.form.taken(position_ids=positions)
 
     def _encoded(self) -> dict[str, Tensor]:
         ids, mask = self._right_padded([each.prompt + self.batch.suffix for each in self.batch.items])
         return self._maskable({"input_ids": ids, "attention_mask": mask})
+
+    def _room(self, width: int) -> int:
+        """Columns that the model has beyond `width`. Raises InputError if it has not as many as that."""
+        config = self.form.network.config
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        most = getattr(config, "max_position_embeddings", None)
+        if not isinstance(most, int) or most < 1:
+            return 10**9  # no limit is known
+        if width > most:
+            raise InputError(
+                f"rows of {width} tokens are longer than the {most} that {self.form.attached.name} takes; "
+                f"encode with max_tokens={most}, or shorter settings of the probe"
+            )
+        return most - width
 
     def _maskable(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         if "attention_mask" not in self.form.accepted and not bool(inputs["attention_mask"].all()):

@@ -67,6 +67,9 @@ class Probe(Entry):
         if unknown:
             has = ", ".join(self.grid) or "none"
             raise InputError(f"probe {self.id} has no setting {sorted(unknown)[0]!r}; its settings: {has}")
+        for name, value in grid.items():
+            if not isinstance(value, (str, int, float, Sequence)):
+                raise InputError(f"setting {name!r} of probe {self.id} takes a value or a list of them, not {value!r}")
         values = {name: (v,) if isinstance(v, (str, int, float)) else tuple(v) for name, v in grid.items()}
         empty = [name for name, v in values.items() if not v]
         if empty:

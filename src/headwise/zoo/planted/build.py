@@ -73,12 +73,21 @@ class Planted(Organism):
     def expected_direct(self, head: Head | str, behaviour: Behaviour, example: Example) -> float:
         """What the head writes into the answer's logit minus the foil's, in logits before the scale of the final norm.
 
-        `size * (1 - <code of answer, code of foil>)`; 0 where the truth has no direct effect.
+        `size * (1 - <code of answer, code of foil>)`; 0 where the truth has no direct effect, and for a memory head on
+        an item of another relation.
         """
         effect = self.truth.effect(head, behaviour)
-        if effect.size is None:
+        serves = self._relation_of(head)
+        if effect.size is None or (serves is not None and serves not in example.ids):
             return 0.0
         return effect.size * (1 - float(self.codes[example.answer] @ self.codes[example.foil]))
+
+    def _relation_of(self, head: Head | str) -> int | None:
+        """The token of the relation that a memory head looks up; None for any other head."""
+        label = Head.parse(head).label
+        names = [known.name for known in self.truth.heads_known if known.head == label]
+        numbers = [name.rpartition("memory-")[2] for name in names if "memory-" in name]
+        return self.lexicon.relations[int(numbers[0])] if numbers and numbers[0].isdigit() else None
 
     def save(self, folder: str | Path) -> None:
         """Write an ordinary checkpoint (model and tokenizer, `save_pretrained`), and `truth.json` beside it."""
@@ -119,6 +128,8 @@ def planted(
 
     Raises InputError for an unknown option, a tokenizer that does not fit, or a shape the circuits do not fit into.
     """
+    if isinstance(circuits, str):
+        raise InputError(f"circuits takes a list of names, such as ({circuits!r},), not a text")
     names = CIRCUITS if circuits is None else tuple(circuits)
     base = _Base.of(architecture, layers, heads, seed, tokenizer, lexicon)
     return base.build("planted", circuits_named(names, base.codes.maps), _strengths(strength), LOGIT_NOISE, dtype, attn)

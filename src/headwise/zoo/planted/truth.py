@@ -12,6 +12,7 @@ import pandas
 
 from headwise.errors import InputError
 from headwise.heads import Head, HeadSet
+from headwise.zoo.planted.circuits import BEHAVIOURS
 
 FILE = "truth.json"
 
@@ -104,19 +105,31 @@ class Truth:
         return frozenset(role for known in self.heads_known if known.head == label for role in known.roles)
 
     def decoys(self, role: str | None = None) -> HeadSet:
-        """The decoys of a role, or all: same pattern, no effect."""
+        """The decoys of a role, or all: same pattern, no effect. Raises InputError if a role has none."""
+        known_roles = {known.decoy_of for known in self.heads_known if known.decoy_of}
+        if role is not None and role not in known_roles:
+            raise InputError(
+                f"{self.model} has no decoy of {role!r}; it has {', '.join(sorted(known_roles)) or 'none'}"
+            )
         return HeadSet.parse(
             [known.head for known in self.heads_known if known.decoy_of and role in (None, known.decoy_of)], kind="head"
         )
 
     def with_effect(self, behaviour: str, kind: Literal["direct", "total"]) -> HeadSet:
-        """The heads with a direct, or a total, effect on a behaviour."""
+        """The heads with a direct, or a total, effect on a behaviour. Raises InputError for an unknown one or kind."""
+        _require_behaviour(behaviour)
+        if kind not in ("direct", "total"):
+            raise InputError(f"an effect is direct or total, not {kind!r}")
         return HeadSet.parse(
             [each.head for each in self.effects if each.behaviour == behaviour and getattr(each, kind)], kind="head"
         )
 
     def effect(self, head: Head | str, behaviour: str) -> Effect:
-        """What a head does for a behaviour; without a direct and a total effect where nothing is recorded."""
+        """What a head does for a behaviour; without a direct and a total effect where nothing is recorded.
+
+        Raises InputError for an unknown behaviour.
+        """
+        _require_behaviour(behaviour)
         label = Head.parse(head).label
         for each in self.effects:
             if (each.head, each.behaviour) == (label, behaviour):
@@ -181,3 +194,8 @@ class Truth:
                 f"{path} cannot be read as the truth of a planted model ({error}); save it again"
             ) from error
         return cls.from_dict(form)
+
+
+def _require_behaviour(behaviour: str) -> None:
+    if behaviour not in BEHAVIOURS:
+        raise InputError(f"no planted behaviour {behaviour!r}; choose from {', '.join(BEHAVIOURS)}")
