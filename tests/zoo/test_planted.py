@@ -478,3 +478,29 @@ def test_the_probes_are_solved_as_text(name: str, id: str, settings: dict[str, s
     with hw.load(f"zoo:{name}") as model:
         items = hw.encode(hw.probe(id).over(**settings), model.tokenizer, n=16)
         assert hw.measure(model, items, "exact-match").mean() == 1
+
+
+@pytest.mark.parametrize("strength", ["high", True, {"mover": "2"}, None])
+def test_a_strength_is_a_number(strength: Any) -> None:
+    with pytest.raises(InputError, match="strength takes a number"):
+        planted(strength=strength)
+
+
+def test_the_truth_does_not_answer_a_typo_with_nothing() -> None:
+    truth = built("llama")[0].truth
+    for ask, said in (
+        (lambda: truth.with_effect("induction", "total"), "no planted behaviour 'induction'"),
+        (lambda: truth.with_effect("ioi", "indirect"), "an effect is direct or total"),
+        (lambda: truth.effect("L0H0", "iio"), "no planted behaviour 'iio'"),
+        (lambda: truth.decoys("inductoin"), "has no decoy of 'inductoin'"),
+        (lambda: planted(circuits="induction"), "circuits takes a list of names"),
+    ):
+        with pytest.raises(InputError, match=said):
+            ask()
+
+
+def test_a_memory_head_writes_on_items_of_its_relation_only() -> None:
+    organism, _ = built("llama")
+    for item in of_each_relation(organism, "facts"):
+        expected = [organism.expected_direct(head, "facts", item) for head in organism.truth.heads("memory")]
+        assert sum(value != 0 for value in expected) == 1

@@ -188,7 +188,9 @@ def _parsed(field: str, text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=distinct, parse_constant=constant)
     except json.JSONDecodeError as error:
-        raise _Wrong(field, f"not JSON ({error.msg} at character {error.pos + 1}); write strict JSON") from None
+        raise _Wrong(
+            field, f"not JSON ({error.msg} at character {error.pos + 1}); write strict JSON, texts in double quotes"
+        ) from None
     except ValueError:  # Python reads no integer of thousands of digits
         raise _Wrong(field, "a number in it is too long; write it as a text") from None
     except RecursionError:

@@ -284,6 +284,10 @@ class _Base:
 
 def _strengths(strength: float | Mapping[str, float]) -> dict[str, float]:
     """By role; checked."""
+    given = list(strength.values()) if isinstance(strength, Mapping) else [strength]
+    for value in given:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise InputError(f"strength takes a number, or one for each role named; {value!r} is none")
     if isinstance(strength, Mapping):
         unknown = sorted(set(strength) - set(DIALS))
         if unknown:
