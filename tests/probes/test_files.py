@@ -222,7 +222,8 @@ def test_two_ids_that_are_given_twice(tmp_path: Path) -> None:
 
 
 def test_the_first_of_many_faults_is_shown_and_the_others_counted(tmp_path: Path) -> None:
-    assert complaint(written(tmp_path, OK, "{", OK | {"id": "x"}, "[]", "7")).endswith("double quotes (and 2 more lines)")
+    three = written(tmp_path, OK, "{", OK | {"id": "x"}, "[]", "7")
+    assert complaint(three).endswith("double quotes (and 2 more lines)")
     assert complaint(written(tmp_path, "{", "[]")).endswith("double quotes (and 1 more line)")
 
 
