@@ -438,3 +438,11 @@ def test_a_foil_that_no_token_tells_from_the_answer_is_dropped(answer: str, foil
     item = Item(id="x", prompt="a", answer=answer, foils=("b", foil))
     assert dropped(letters(), item) == "a wrong answer differs from the right one in no token"
     assert len(one(letters(), replace(item, foils=("b", "dc")))) == 1
+
+
+def test_a_partner_has_no_other_right_answers() -> None:
+    twin = Twin(prompt="b", answer="d")
+    item = Item(id="x", prompt="a", answer="c", also=("e",), foils=("d", "f"), twin=twin)
+    (swapped,) = one(letters(), item).twins()
+    assert (swapped.item.also, swapped.also) == ((), ())
+    assert (swapped.item.foils, swapped.foils) == (("c", "f"), (ids("c"), ids("f")))

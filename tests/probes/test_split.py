@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 
 import pytest
 
-from headwise.probes import PROBES, Item, held_out, probe
+from headwise.probes import PROBES, Item, Twin, held_out, probe
 from headwise.probes.facts import DATED_FRAMES, FRAMES
 from headwise.words import dated_facts, facts
 
@@ -56,3 +57,12 @@ def test_the_part_does_not_depend_on_the_stream() -> None:
     of_one = {item.id: held_out(item) for item in islice(probe("ioi").items(0), 300)}
     assert of_one == {item.id: held_out(item) for item in islice(probe("ioi").items(0), 300)}
     assert 0 < sum(of_one.values()) < 300
+
+
+def test_a_prompt_is_held_out_whatever_its_twin() -> None:
+    """Or a prompt could be trained on with one twin and asked for with another."""
+    for number in range(60):
+        item = Item(prompt=f"word {number}", answer=" a")
+        others = [replace(item, twin=Twin(prompt=f"other {n}")).named("p") for n in range(5)]
+        assert len({other.id for other in others}) == 5
+        assert len({held_out(other) for other in others}) == 1

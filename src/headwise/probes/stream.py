@@ -45,7 +45,6 @@ class Probe(Entry):
         in_prompt: whether the answer stands in the prompt.
         grid: settings and the values they go through in turn, such as lengths and depths.
         one_token: whether the metric compares answers of a single token.
-        needs: what a model must bring: `continuation` (predicts what comes next), `generation` or `embedding`.
     """
 
     kind: str = "probes"  # type: ignore[assignment]
@@ -56,7 +55,6 @@ class Probe(Entry):
     in_prompt: bool = True
     grid: Mapping[str, tuple[Setting, ...]] = field(default_factory=dict)
     one_token: bool = False
-    needs: tuple[str, ...] = ("continuation",)
 
     def over(self, **grid: Sequence[Setting] | Setting) -> Probe:
         """This probe with other values for some settings: `probe("needle").over(words=[100], depth=[0.0, 0.5, 1.0])`.
