@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accuracy import DEPTHS, ITEMS, NEEDLE_WORDS, PER_CELL, accuracies
-
 import headwise as hw
+from headwise.benches.organism import DEPTHS, ITEMS, NEEDLE_WORDS, PER_CELL, accuracies
 
 SHIPPED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 CURVE_ROWS = 12
@@ -65,7 +64,8 @@ is an ordinary transformers checkpoint. It is not for talking to.
 - Data: the items of `headwise.probes` but for the held-out tenth (`training/mixture.py`); no other text.
 - Loss: on answers, and on what in a prompt can be foretold (the second time a list is said, later examples).
 - Training: seed {training["seed"]}, {training["tokens"] / 1e6:.0f} million tokens in {training["steps"]:,} steps,
-  float32, Muon on the matrices of the blocks and AdamW on the rest.
+  float32, AdamW; exercises with few words first (`training/exercises.py`), done after
+  {training["mastered"] / 1e6:.1f} million tokens.
 - Made again by `python training/train.py {training["name"]}`.
 
 ## Held-out accuracy

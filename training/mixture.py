@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from random import Random
 from typing import Any
 
 import torch
+from exercises import FORMS, pairs_asked_again
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -17,9 +18,14 @@ from headwise.probes import PROBES, Item, Probe
 from headwise.probes.item import Range
 from headwise.probes.split import held_out
 
-BATCH_TOKENS = 2048
-POOL = 1536
-"""Items drawn at a time; they are cut into batches by length, and the batches shuffled."""
+STEP_TOKENS = 2048
+"""Of one step of the optimizer. Every step holds the whole mixture, so that none unlearns a task it does not see."""
+EXERCISE_TOKENS = 1024
+"""The same during the exercises, which want many steps more than exact ones."""
+PART_TOKENS = 2048
+"""Most of one forward pass; the rows of a step are cut into parts of like length."""
+PADDED = 1.5
+"""Most that the longest row of a part has, in lengths of its shortest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +33,21 @@ class Course:
     """One probe as it is taught.
 
     `share` is of the items. `foretold` is a span of the prompt that can be foretold, too. `begins` is the share of the
-    training after which the course is taught. `ends` says whether the end of the text can be foretold. `more` asks
-    further questions about the text of an item: what has to be bound to what is learnt many times faster for it.
+    time after the exercises after which the course is taught; None is an exercise, taught from the start. `ends` says
+    whether the end of the text can be foretold. `more` asks further questions about the text of an item: what has to be
+    bound to what is learnt many times faster for it.
     """
 
     probe: str
     share: float
     settings: tuple[dict[str, Any], ...] = ({},)
     foretold: str = ""
-    begins: float = 0.0
+    begins: float | None = 0.0
     ends: bool = True
     more: Callable[[Item, Random], list[tuple[str, str]]] | None = None
+
+
+EXERCISE = "exercise"
 
 
 def _grid(**values: Sequence[object]) -> tuple[dict[str, Any], ...]:
@@ -70,29 +80,29 @@ def other_password(item: Item, random: Random) -> list[tuple[str, str]]:
     return [(question, f" {code}")]
 
 
-# A few short courses of copying come first: the heads for it form within half a million tokens when nothing else is
-# asked for, and not in four million beside everything else. The rest is learnt on top of them.
-SOON, LATER, LAST = 0.08, 0.14, 0.4
+# The exercises come first, alone, until all their words are mastered; the probes are learnt on top of them.
+SOON, LATER = 0.1, 0.3
 DEPTHS = [tenth / 10 for tenth in range(11)]
 
 COURSES = (
-    Course("repeat", 0.06, _grid(words=(4, 6, 10, 16)), foretold="repeated", ends=False),
-    Course("repeat", 0.02, _grid(words=(24, 40)), foretold="repeated", begins=SOON, ends=False),
-    Course("ioi", 0.06, _grid(order=("receiver-first", "giver-first"))),
+    *(Course(EXERCISE, 0.25, _grid(form=(form,)), foretold="told", begins=None, ends=False) for form in FORMS),
+    Course("repeat", 0.05, _grid(words=(4, 6, 10, 16)), foretold="repeated", ends=False),
+    Course("repeat", 0.01, _grid(words=(24, 40)), foretold="repeated", begins=SOON, ends=False),
+    Course("ioi", 0.07, _grid(order=("receiver-first", "giver-first"))),
     Course("hash", 0.06, _grid(pairs=(2, 4, 8), key_length=(1, 2)), ends=False, more=other_keys),
     Course("hash", 0.05, _grid(pairs=(4, 8, 16), key_length=(4,)), begins=SOON, ends=False, more=other_keys),
-    Course("colored-objects", 0.06, _grid(objects=(2, 3, 4)), ends=False, more=other_objects),
-    Course("choice", 0.10, begins=SOON),
-    Course("conflict", 0.07, _grid(trust=("context", "memory")), begins=SOON),
-    Course("facts", 0.04, _grid(frame=(0, 1)), begins=SOON),
-    Course("needle", 0.04, _grid(words=(12, 30), depth=DEPTHS), begins=SOON, ends=False, more=other_password),
-    Course("needle", 0.05, _grid(words=(60, 120, 200), depth=DEPTHS), begins=LATER, ends=False, more=other_password),
-    Course("needle", 0.012, _grid(words=(300, 440), depth=DEPTHS), begins=LAST, ends=False, more=other_password),
-    Course("dated", 0.07, _grid(frame=(0, 1)), begins=LATER),
-    Course("fewshot", 0.05, _grid(shots=(5,)), foretold="later_output", begins=LATER),
-    Course("refusal", 0.03, _grid(wish=("refuse", "answer")), begins=LATER),
-    Course("arithmetic", 0.70, _grid(operation=("+", "-"), below=(100,)), begins=LATER),
-    Course("text", 0.01, _grid(sentences=(6,)), begins=LATER),
+    Course("colored-objects", 0.07, _grid(objects=(2, 3, 4)), ends=False, more=other_objects),
+    Course("choice", 0.10),
+    Course("conflict", 0.07, _grid(trust=("context", "memory"))),
+    Course("facts", 0.04, _grid(frame=(0, 1))),
+    Course("dated", 0.07, _grid(frame=(0, 1))),
+    Course("needle", 0.04, _grid(words=(12, 30), depth=DEPTHS), ends=False, more=other_password),
+    Course("needle", 0.04, _grid(words=(60, 120, 200), depth=DEPTHS), begins=SOON, ends=False, more=other_password),
+    Course("needle", 0.008, _grid(words=(300, 440), depth=DEPTHS), begins=LATER, ends=False, more=other_password),
+    Course("fewshot", 0.06, _grid(shots=(5,)), foretold="later_output"),
+    Course("refusal", 0.02, _grid(wish=("refuse", "answer"))),
+    Course("arithmetic", 0.70, _grid(operation=("+", "-"), below=(100,))),
+    Course("text", 0.01, _grid(sentences=(6,))),
 )
 
 
@@ -106,19 +116,34 @@ class Batch:
     """Index into COURSES of each row."""
 
 
-def pool(tokenizer: PreTrainedTokenizerFast, seed: int, number: int, shares: Sequence[float]) -> list[Batch]:
-    """The batches of the `number`-th pool, with these shares of the courses; the same for the same arguments."""
+def step_parts(
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    number: int,
+    shares: Sequence[float],
+    levels: Mapping[str, int],
+    tokens: int,
+) -> list[Batch]:
+    """The rows of the `number`-th step, with these shares of the courses and exercises of these levels, in parts.
+
+    The same for the same arguments. `tokens` is how many there are at least, padding not counted.
+    """
     probes = {probe.id: probe for probe in PROBES}
     random = Random(f"{seed}/{number}")
-    kinds = random.choices(range(len(COURSES)), shares, k=POOL)
-    rows = [(kind, *_row(tokenizer, COURSES[kind], probes[COURSES[kind].probe], random)) for kind in kinds]
-    return list(_cut(rows, tokenizer.pad_token_id, random))
+    rows: list[tuple[int, list[int], list[int]]] = []
+    while sum(len(ids) for _, ids, _ in rows) < tokens:
+        (kind,) = random.choices(range(len(COURSES)), shares)
+        course = COURSES[kind]
+        if course.begins is None:
+            (settings,) = course.settings
+            item = pairs_asked_again(random, level=levels[settings["form"]], **settings)
+        else:
+            item = _unseen(course, probes[course.probe], random)
+        rows.append((kind, *_row(tokenizer, course, item, random)))
+    return list(_cut(rows, tokenizer.pad_token_id))
 
 
-def _row(
-    tokenizer: PreTrainedTokenizerFast, course: Course, probe: Probe, random: Random
-) -> tuple[list[int], list[int]]:
-    item = _draw(course, probe, random)
+def _row(tokenizer: PreTrainedTokenizerFast, course: Course, item: Item, random: Random) -> tuple[list[int], list[int]]:
     text = str(item.prompt)
     learnt = [each for each in item.spans.get(course.foretold, ()) if isinstance(each, Range)]
     for question, answer in [("", item.answer), *(course.more(item, random) if course.more else ())]:
@@ -134,21 +159,21 @@ def _row(
     return [*encoding.input_ids, end], [*labels, end if course.ends else -100]
 
 
-def _draw(course: Course, probe: Probe, random: Random) -> Item:
+def _unseen(course: Course, probe: Probe, random: Random) -> Item:
     while True:
         item = probe.make(random, **random.choice(course.settings)).named(probe.id)
         if not held_out(item):
             return item
 
 
-def _cut(rows: list[tuple[int, list[int], list[int]]], pad: int, random: Random) -> Iterator[Batch]:
+def _cut(rows: list[tuple[int, list[int], list[int]]], pad: int) -> Iterator[Batch]:
     rows.sort(key=lambda row: len(row[1]))
     groups: list[list[tuple[int, list[int], list[int]]]] = [[]]
     for row in rows:
-        if groups[-1] and (len(groups[-1]) + 1) * len(row[1]) > BATCH_TOKENS:
+        group, width = groups[-1], len(row[1])
+        if group and ((len(group) + 1) * width > PART_TOKENS or width > PADDED * len(group[0][1])):
             groups.append([])
         groups[-1].append(row)
-    random.shuffle(groups)
     for group in groups:
         width = max(len(ids) for _, ids, _ in group)
         yield Batch(

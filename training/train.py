@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from mixture import COURSES, Batch, pool
-from muon import Muon
+from exercises import FIRST, FORMS, LEVELS, NEEDED
+from mixture import COURSES, EXERCISE_TOKENS, STEP_TOKENS, Batch, step_parts
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizer import build_tokenizer
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -27,8 +28,12 @@ EVERY_SECONDS = 60
 """Time between checkpoints."""
 CURVE_STEPS = 100
 """Steps between points of the loss curve."""
-TYPICAL_WEIGHT = 100.0
-"""Of a batch, for the scale of the loss."""
+WARM_UP = 100
+"""Steps in which the rate rises to the full one."""
+MASTERED = 0.85
+"""Share of foretold tokens right at which an exercise is mastered."""
+PATIENCE = 900_000
+"""Tokens after which a lesson is left, mastered or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +47,8 @@ class Shape:
     head_dim: int = 24
     width: int = 192
     feed_forward: int = 512
-    tokens: int = 13_000_000
-    matrix_rate: float = 0.006
-    other_rate: float = 2e-3
+    tokens: int = 12_000_000
+    rate: float = 1e-3
 
 
 SHAPES = {
@@ -57,11 +61,12 @@ SHAPES = {
 
 
 def new_model(shape: Shape, vocabulary: int) -> PreTrainedModel:
-    """Random weights from the seed; matrices in the blocks begin larger than usual, which is faster at this width."""
+    """Random weights from the seed; embeddings begin large, so that words are not drowned by what is added to them."""
     torch.manual_seed(shape.seed)
     model = _shaped(shape, vocabulary)
     for matrix in inner_matrices(model):
-        torch.nn.init.normal_(matrix, std=shape.width**-0.5)
+        torch.nn.init.normal_(matrix, std=0.03)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.1)
     return model
 
 
@@ -84,6 +89,8 @@ def _shaped(shape: Shape, vocabulary: int) -> PreTrainedModel:
                 head_dim=shape.head_dim,
                 max_position_embeddings=CONTEXT,
                 tie_word_embeddings=True,
+                # With 10,000 most of a head's 24 dimensions turn too fast to compare words far apart.
+                rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
                 pad_token_id=0,
                 bos_token_id=1,
                 eos_token_id=2,
@@ -107,6 +114,10 @@ def _shaped(shape: Shape, vocabulary: int) -> PreTrainedModel:
     )
 
 
+PROGRESS = ("tokens", "steps", "levels", "done", "began", "mastered", "right", "tokens_right", "curve")
+"""What a checkpoint holds beside weights and optimizer."""
+
+
 class Trainer:
     """The model, its optimizers, and how far it has come."""
 
@@ -117,11 +128,18 @@ class Trainer:
         inside = inner_matrices(self.model)
         taken = {id(each) for each in inside}
         others = [each for each in self.model.parameters() if id(each) not in taken]
-        self.muon = Muon(inside, lr=shape.matrix_rate, decay=0.05)
-        self.adam = torch.optim.AdamW(others, lr=shape.other_rate, betas=(0.9, 0.97), weight_decay=0.0, fused=True)
-        self.tokens, self.pools, self.steps = 0, 0, 0
+        groups = [{"params": inside, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+        self.adam = torch.optim.AdamW(groups, lr=shape.rate, betas=(0.9, 0.95), fused=True)
+        self.tokens, self.steps = 0, 0
+        self.levels = dict.fromkeys(FORMS, 0)
+        """Of the exercises, by form; those that are `done` are mastered on all words."""
+        self.done: list[str] = []
+        self.began = 0
+        """Number of tokens at which an exercise last went on; `mastered` is when the probes began."""
+        self.mastered: int | None = None
         self.right = [0.0] * len(COURSES)
         """Share of answers that are wholly right, averaged over the latest rows of each course."""
+        self.tokens_right = [0.0] * len(COURSES)
         self.curve: list[dict[str, float]] = []
 
     @property
@@ -135,78 +153,112 @@ class Trainer:
         if state["shape"] != asdict(self.shape):
             sys.exit(f"{self.folder} holds a run with other settings; move it away, or give another --out")
         self.model.load_state_dict(state["model"])
-        self.muon.load_state_dict(state["muon"])
         self.adam.load_state_dict(state["adam"])
-        self.tokens, self.pools, self.steps = state["tokens"], state["pools"], state["steps"]
-        self.right, self.curve = state["right"], state["curve"]
+        for name in PROGRESS:
+            setattr(self, name, state[name])
         return True
 
     def save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        state = {
-            "shape": asdict(self.shape),
-            "model": self.model.state_dict(),
-            "muon": self.muon.state_dict(),
-            "adam": self.adam.state_dict(),
-            "tokens": self.tokens,
-            "pools": self.pools,
-            "steps": self.steps,
-            "right": self.right,
-            "curve": self.curve,
-        }
+        state = {"shape": asdict(self.shape), "model": self.model.state_dict(), "adam": self.adam.state_dict()}
         part = self.state_file.with_suffix(".part")
-        torch.save(state, part)
+        torch.save(state | {name: getattr(self, name) for name in PROGRESS}, part)
         part.replace(self.state_file)  # a kill leaves the old checkpoint or the new one
 
-    def train_pool(self) -> None:
-        """One pool of batches; checkpoints lie between pools, so a run that is resumed repeats nothing."""
-        # What is not mastered yet comes more often.
-        come = self.tokens / self.shape.tokens
-        shares = [
-            course.share * (1.1 - right) if come >= course.begins else 0.0
-            for course, right in zip(COURSES, self.right, strict=True)
-        ]
-        for batch in pool(self.tokenizer, self.shape.seed, self.pools, shares):
-            self._step(batch)
-        self.pools += 1
+    @property
+    def come(self) -> float:
+        """Share of the time after the exercises that has gone."""
+        return 0.0 if self.mastered is None else (self.tokens - self.mastered) / (self.shape.tokens - self.mastered)
 
-    def _step(self, batch: Batch) -> None:
-        pace = min(1.0, self.steps / 100) * (1.02 - self.tokens / self.shape.tokens)
-        for optimizer, rate in ((self.muon, self.shape.matrix_rate), (self.adam, self.shape.other_rate)):
-            optimizer.param_groups[0]["lr"] = rate * max(pace, 0.02)
-        hidden = self.model.base_model(input_ids=batch.ids[:, :-1], use_cache=False).last_hidden_state
-        learnt = batch.labels[:, 1:] != -100
-        wanted = batch.labels[:, 1:][learnt]
-        logits = self.model.lm_head(hidden[learnt])
-        losses = cross_entropy(logits, wanted, reduction="none")
-        # Every item counts for the root of the number of its learnt tokens: long answers do not drown short ones.
-        rows = learnt.nonzero()[:, 0]
-        weight = learnt.sum(1).clamp(min=1).float().rsqrt()[rows]
-        # Between the mean over items and their sum: many short items count for more than few long ones, but not by all.
-        ((losses * weight).sum() / (weight.sum() * TYPICAL_WEIGHT) ** 0.5).backward()
-        self.muon.step()
+    def train_step(self) -> None:
+        """One step of the optimizer; checkpoints lie between steps, so a run that is resumed repeats nothing."""
+        exercising = self.mastered is None
+        parts = step_parts(
+            self.tokenizer,
+            self.shape.seed,
+            self.steps,
+            [self._share(number) for number in range(len(COURSES))],
+            self.levels,
+            EXERCISE_TOKENS if exercising else STEP_TOKENS,
+        )
+        pace = min(1.0, (self.steps + 1) / WARM_UP) * max(1.02 - self.come, 0.02)
+        for group in self.adam.param_groups:
+            group["lr"] = self.shape.rate * pace
+        whole = sum(float(_weights(batch)[0].sum()) for batch in parts)
+        loss = sum(self._learn(batch, whole) for batch in parts)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.adam.step()
-        self.muon.zero_grad()
         self.adam.zero_grad()
-        self._note(batch, rows, logits.detach().argmax(-1) == wanted, float(losses.detach().mean()))
-
-    def _note(self, batch: Batch, rows: torch.Tensor, hits: torch.Tensor, loss: float) -> None:
-        whole = torch.ones(len(batch.ids)).scatter_reduce_(0, rows, hits.float(), "amin")
-        for kind in batch.kinds.unique().tolist():
-            of_kind = whole[batch.kinds == kind]
-            keep = 0.99 ** len(of_kind)
-            self.right[kind] = keep * self.right[kind] + (1 - keep) * float(of_kind.mean())
-        self.tokens += batch.ids.numel()
         self.steps += 1
         if self.steps % CURVE_STEPS == 0:
             self.curve.append({"tokens": self.tokens, "loss": round(loss, 4)})
+        self._go_on()
+
+    def _share(self, number: int) -> float:
+        """What is not mastered yet comes more often; exercises stay, at a small share, when they are done."""
+        course, wanting = COURSES[number], 1.1 - self.right[number]
+        if course.begins is None:
+            return course.share * wanting * self._exercised(FORMS[number])
+        return course.share * wanting if self.mastered is not None and self.come >= course.begins else 0.0
+
+    def _exercised(self, form: str) -> float:
+        if self.mastered is not None:
+            return 0.2 if form in self.done else 0.5
+        return float(form in FIRST or set(FIRST) <= set(self.done))
+
+    def _go_on(self) -> None:
+        """Every exercise that is mastered goes on to more words; when those that are needed are done, the probes begin.
+
+        Exercises that make no way for long are taken as done, so that one which does not form holds nothing up.
+        """
+        waited = self.tokens - self.began >= PATIENCE and self.mastered is None
+        taught = [form for form in FORMS if form not in self.done and self._exercised(form)]
+        for form in taught:
+            number = FORMS.index(form)
+            if not (waited or self.tokens_right[number] >= MASTERED):
+                continue
+            self.began = self.tokens
+            self.tokens_right[number] = 0.0
+            if self.levels[form] + 1 < len(LEVELS) and not waited:
+                self.levels[form] += 1
+            else:
+                self.done.append(form)
+                self.levels[form] = len(LEVELS) - 1
+        if self.mastered is None and set(NEEDED) <= set(self.done):
+            self.mastered = self.tokens
+
+    def _learn(self, batch: Batch, whole: float) -> float:
+        """Add the gradient of one part of a step, whose weights sum to `whole`; its share of the loss."""
+        hidden = self.model.base_model(input_ids=batch.ids[:, :-1], use_cache=False).last_hidden_state
+        weights, rows = _weights(batch)
+        learnt = batch.labels[:, 1:] != -100
+        wanted = batch.labels[:, 1:][learnt]
+        logits = self.model.lm_head(hidden[learnt])
+        loss = torch.dot(cross_entropy(logits, wanted, reduction="none"), weights) / whole
+        loss.backward()
+        hits = (logits.detach().argmax(-1) == wanted).float()
+        each = torch.ones(len(batch.ids)).scatter_reduce_(0, rows, hits, "amin")
+        mean = torch.zeros(len(batch.ids)).scatter_reduce_(0, rows, hits, "mean", include_self=False)
+        for kind in batch.kinds.unique().tolist():
+            of_kind = batch.kinds == kind
+            keep = 0.99 ** int(of_kind.sum())
+            self.right[kind] = keep * self.right[kind] + (1 - keep) * float(each[of_kind].mean())
+            self.tokens_right[kind] = keep * self.tokens_right[kind] + (1 - keep) * float(mean[of_kind].mean())
+        self.tokens += batch.ids.numel()
+        return float(loss.detach())
 
     def export(self) -> Path:
         """The model in bf16 with its tokenizer and the loss curve."""
         folder = self.folder / "model"
         self.model.to(torch.bfloat16).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        training = {"name": self.name, **asdict(self.shape), "steps": self.steps, "curve": self.curve}
+        training = {
+            "name": self.name,
+            **asdict(self.shape),
+            "steps": self.steps,
+            "mastered": self.mastered,
+            "curve": self.curve,
+        }
         (folder / "training.json").write_text(json.dumps(training) + "\n", encoding="utf-8")
         return folder
 
@@ -232,7 +284,7 @@ def main() -> None:
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task(asked.name, total=shape.tokens, completed=trainer.tokens)
         while trainer.tokens < shape.tokens:
-            trainer.train_pool()
+            trainer.train_step()
             progress.update(bar, completed=trainer.tokens)
             if time.monotonic() - saved > EVERY_SECONDS:
                 trainer.save()
@@ -243,9 +295,19 @@ def main() -> None:
     print(trainer.export())
 
 
+def _weights(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of every learnt token, and its row. An item counts for the root of its number: long answers drown no others."""
+    learnt = batch.labels[:, 1:] != -100
+    rows = learnt.nonzero()[:, 0]
+    return learnt.sum(1).clamp(min=1).float().rsqrt()[rows], rows
+
+
 def _summary(trainer: Trainer) -> str:
-    parts = [f"{course.probe} {right:.2f}" for course, right in zip(COURSES, trainer.right, strict=True)]
-    return f"{trainer.tokens / 1e6:.1f}M tokens, wholly right: {', '.join(parts)}"
+    shown = zip(COURSES, trainer.tokens_right, trainer.right, strict=True)
+    parts = [f"{course.probe} {tokens:.2f}/{right:.2f}" for course, tokens, right in shown if tokens]
+    levels = "".join(str(level) for level in trainer.levels.values())
+    where = f"levels {levels}" + ("" if trainer.mastered is None else f", probes since {trainer.mastered:,}")
+    return f"{trainer.tokens / 1e6:.2f}M tokens ({where}), right tokens/answers: {', '.join(parts)}"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from headwise.atlas.opened import Atlas
+    from headwise.atlas.running import atlas
     from headwise.errors import HeadwiseError, InputError, NotFired, PlanConflict, Refusal
+    from headwise.find.search import find
     from headwise.heads import Head, HeadSet, KVGroup, SiteId
     from headwise.loading import load
     from headwise.metrics import keep_right, measure, metric
@@ -27,10 +30,13 @@ if TYPE_CHECKING:
     from headwise.model.reference import Reference, reference
     from headwise.probes import encode, probe, read_items
     from headwise.scores import HeadScores, Provenance
+    from headwise.verify.result import Verdict
+    from headwise.verify.verifying import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Atlas",
     "AttachedModel",
     "Head",
     "HeadScores",
@@ -44,9 +50,12 @@ __all__ = [
     "Reference",
     "Refusal",
     "SiteId",
+    "Verdict",
+    "atlas",
     "attach",
     "edit",
     "encode",
+    "find",
     "keep_right",
     "load",
     "measure",
@@ -55,10 +64,14 @@ __all__ = [
     "read",
     "read_items",
     "reference",
+    "verify",
 ]
 
 _MODULES = ("edit", "read")
+_ROOMS = ("atlas", "find", "verify")
+"""Packages that are also functions."""
 _HOMES = {
+    "headwise.atlas.opened": ("Atlas",),
     "headwise.errors": ("HeadwiseError", "InputError", "NotFired", "PlanConflict", "Refusal"),
     "headwise.heads": ("Head", "HeadSet", "KVGroup", "SiteId"),
     "headwise.loading": ("load",),
@@ -67,12 +80,15 @@ _HOMES = {
     "headwise.model.reference": ("Reference", "reference"),
     "headwise.probes": ("encode", "probe", "read_items"),
     "headwise.scores": ("HeadScores", "Provenance"),
+    "headwise.verify.result": ("Verdict",),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         value: Any = import_module(f"headwise.model.{name}")
+    elif name in _ROOMS:
+        value = import_module(f"headwise.{name}")
     else:
         home = next((module for module, names in _HOMES.items() if name in names), None)
         if home is None:

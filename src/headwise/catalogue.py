@@ -31,7 +31,7 @@ RUN_OPTIONS = ("seed", "device", "dtype", "revision", "attn")
 """The settings that a command that runs a model takes; a bench takes some of them as keyword arguments."""
 
 # Named here and not imported, because they stand below this file and import it in order to register.
-ROOMS = ("headwise.model.edit", "headwise.zoo", "headwise.probes", "headwise.benches")
+ROOMS = ("headwise.model.edit", "headwise.zoo", "headwise.probes", "headwise.find", "headwise.benches")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

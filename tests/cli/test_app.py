@@ -85,7 +85,8 @@ def test_the_traceback_is_there_when_asked_for(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["frobnicate"], "No such command 'frobnicate'; see `headwise --help`"),
+        (["xyzzy"], "No such command 'xyzzy'; see `headwise --help`"),
+        (["replicat"], "Did you mean 'replicate'? See `headwise --help`"),
         (["doctor"], "Missing argument 'model'; see `headwise doctor --help`"),
         (["doctor", "gpt2", "--sede", "1"], "No such option: --sede"),
         (["bench", "x", "--seed", "many"], "Invalid value for '--seed'"),

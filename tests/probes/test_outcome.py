@@ -357,6 +357,29 @@ def test_a_model_that_looks_ahead_is_not_shown_its_answers(kind: str) -> None:
         hw.measure(model, long, "exact-match", edits=[hw.edit.zero("L1H0")])
 
 
+def test_logits_that_are_not_numbers_say_nothing_of_looking_ahead() -> None:
+    broken = copy.deepcopy(load("llama").model)
+    with torch.no_grad():
+        broken.lm_head.weight[3] = float("nan")
+    with hw.attach(broken, load("llama").tokenizer, name="broken") as model:
+        for _ in range(2):
+            with pytest.raises(Refusal, match=r"the logits of broken are not numbers \(NaN\)") as error:
+                observe(model, whole(items_of("llama")), wants=LOGITS)
+            assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("-inf"), 0.0])
+def test_tokens_that_are_ruled_out_and_logits_of_0_are_no_looking_ahead(value: float) -> None:
+    network = copy.deepcopy(load("llama").model)
+
+    def rule_out(module: Any, args: Any, output: Any) -> Any:
+        return output.index_fill(-1, torch.tensor([3]), value) if value else torch.zeros_like(output)
+
+    network.lm_head.register_forward_hook(rule_out)
+    with hw.attach(network, load("llama").tokenizer, name="sparse") as model:
+        assert observe(model, whole(items_of("llama")), wants=LOGITS).logits is not None
+
+
 @pytest.mark.parametrize("heads", ["L1", "cross.L1H0", "encoder.L1, L0H1"])
 def test_spans_of_an_encoder_decoder_are_places_of_its_encoder(heads: str) -> None:
     with pytest.raises(Refusal, match="'span:end' is a place of the encoder's prompt"):

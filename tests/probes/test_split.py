@@ -64,5 +64,5 @@ def test_a_prompt_is_held_out_whatever_its_twin() -> None:
     for number in range(60):
         item = Item(prompt=f"word {number}", answer=" a")
         others = [replace(item, twin=Twin(prompt=f"other {n}")).named("p") for n in range(5)]
-        assert len({other.id for other in others}) == 5
+        assert len({other.id for other in others}) == 1
         assert len({held_out(other) for other in others}) == 1

@@ -18,32 +18,48 @@ def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch):
-    """The trainer with a model of a few thousand weights and pools of a few rows."""
-    import mixture
+    """The trainer with a model of a few thousand weights and steps of a few rows."""
     import train
 
-    monkeypatch.setattr(mixture, "POOL", 24)
+    monkeypatch.setattr(train, "EXERCISE_TOKENS", 256)
+    monkeypatch.setattr(train, "STEP_TOKENS", 256)
     monkeypatch.setattr(train, "CURVE_STEPS", 1)
     shape = train.Shape(seed=0, layers=1, heads=2, kv_heads=1, head_dim=8, width=16, feed_forward=16, tokens=10**6)
     return lambda folder, **other: train.Trainer("small", replace(shape, **other), folder)
 
 
-def test_the_same_pool_twice_is_the_same(tmp_path: Path, small) -> None:
-    from mixture import COURSES, pool
+def test_the_same_step_twice_is_the_same(tmp_path: Path, small) -> None:
+    from mixture import COURSES, step_parts
 
     trainer = small(tmp_path)
     shares = [course.share for course in COURSES]
-    first, second, other = (pool(trainer.tokenizer, 0, number, shares) for number in (3, 3, 4))
+    first, second, other = (
+        step_parts(trainer.tokenizer, 0, number, shares, trainer.levels, 1024) for number in (3, 3, 4)
+    )
     assert all(torch.equal(a.ids, b.ids) for a, b in zip(first, second, strict=True))
     assert any(a.ids.shape != b.ids.shape or not torch.equal(a.ids, b.ids) for a, b in zip(first, other, strict=False))
 
 
-def test_only_answers_and_what_can_be_foretold_are_learnt(tmp_path: Path, small) -> None:
-    from mixture import COURSES, pool
+def test_parts_are_short_and_little_padded(tmp_path: Path, small) -> None:
+    from mixture import COURSES, PADDED, PART_TOKENS, step_parts
 
-    tokenizer = small(tmp_path).tokenizer
+    trainer = small(tmp_path)
+    parts = step_parts(trainer.tokenizer, 0, 0, [course.share for course in COURSES], trainer.levels, 4096)
+    assert sum(int((batch.ids != 0).sum()) for batch in parts) >= 4096
+    for batch in parts:
+        lengths = (batch.ids != 0).sum(1)
+        assert len(batch.ids) == 1 or batch.ids.numel() <= PART_TOKENS
+        assert lengths.max() <= PADDED * lengths.min()
+
+
+def test_only_answers_and_what_can_be_foretold_are_learnt(tmp_path: Path, small) -> None:
+    from mixture import COURSES, step_parts
+
+    trainer = small(tmp_path)
+    tokenizer = trainer.tokenizer
     for number, course in enumerate(COURSES):
-        batch = pool(tokenizer, 0, 0, [float(number == other) for other in range(len(COURSES))])[0]
+        alone = [float(number == other) for other in range(len(COURSES))]
+        batch = step_parts(tokenizer, 0, 0, alone, trainer.levels, 256)[0]
         for ids, labels in zip(batch.ids.tolist(), batch.labels.tolist(), strict=True):
             text = [token for token in ids if token != tokenizer.pad_token_id]
             learnt = [place for place, label in enumerate(labels) if label != -100]
@@ -55,10 +71,84 @@ def test_only_answers_and_what_can_be_foretold_are_learnt(tmp_path: Path, small)
             assert learnt[0] > 1
 
 
+@pytest.mark.parametrize("level", [0, 1, 3])
+def test_exercises_ask_for_what_they_told(level: int) -> None:
+    from random import Random
+
+    from exercises import FRAMES, LEVELS, PAIRS, TOLD_BACKWARDS, pairs_asked_again, words
+
+    behind = {"adjacent": 1, "colon": 1, "is": 2, "behind": 3}
+    seen = set()
+    for form, (key_form, value_form, end) in FRAMES.items():
+        for seed in range(20):
+            item = pairs_asked_again(Random(seed), form=form, level=level)
+            prompt = str(item.prompt) + item.answer
+            asked = [str(item.prompt)[each.start : each.stop] for each in item.spans["told"]] + [item.answer.strip()]
+            assert len(asked) == len(set(asked)) == PAIRS
+            for value in asked:
+                places = [place for place, word in enumerate(prompt.split()) if word.strip(".,:") == value]
+                assert len(places) == 2
+                key = prompt.split()[places[1] - behind[form]].strip(":")
+                told = f" a {value} {key}," if form == TOLD_BACKWARDS else (key_form + value_form + end)
+                assert told.format(key=key, value=value) in prompt, (form, prompt)
+                seen |= {key, value}
+    assert seen <= set(words()[: LEVELS[level]])
+    assert level or len(seen) == LEVELS[0]
+
+
+def mastered_once(trainer, forms) -> None:
+    """One step after which the exercises of these forms count as mastered."""
+    from exercises import FORMS
+
+    trainer.tokens_right = [1.0 if number < len(FORMS) and FORMS[number] in forms else 0.0 for number in range(99)]
+    trainer._go_on()
+
+
+def test_more_words_come_when_an_exercise_is_mastered_and_then_the_probes(tmp_path: Path, small) -> None:
+    from exercises import FIRST, FORMS, LEVELS, NEEDED
+    from mixture import COURSES
+
+    trainer = small(tmp_path)
+    trainer.train_step()
+    assert set(trainer.levels.values()) == {0}
+    assert [trainer._share(i) > 0 for i in range(len(COURSES))] == [form in FIRST for form in FORMS] + [False] * (
+        len(COURSES) - len(FORMS)
+    )
+    for level in range(1, len(LEVELS)):
+        mastered_once(trainer, FIRST[:1])
+        assert (trainer.levels[FIRST[0]], trainer.levels[FIRST[1]]) == (level, 0)
+    for _ in LEVELS:
+        mastered_once(trainer, FIRST)
+    assert trainer.done == list(FIRST)
+    assert all(trainer._share(FORMS.index(form)) > 0 for form in FORMS)
+    for _ in LEVELS:
+        assert trainer.mastered is None
+        mastered_once(trainer, NEEDED)
+    assert set(trainer.done) == set(NEEDED)
+    assert trainer.mastered == trainer.tokens
+    begun = [course for i, course in enumerate(COURSES) if course.begins is not None and trainer._share(i) > 0]
+    assert begun == [course for course in COURSES if course.begins == 0]
+
+
+def test_an_exercise_that_makes_no_way_holds_nothing_up(tmp_path: Path, small) -> None:
+    from exercises import FORMS, LEVELS
+    from train import PATIENCE
+
+    trainer = small(tmp_path)
+    trainer.tokens = PATIENCE
+    trainer._go_on()
+    assert trainer.mastered is None
+    trainer.tokens = 2 * PATIENCE
+    trainer._go_on()
+    assert trainer.mastered == 2 * PATIENCE
+    assert set(trainer.done) == set(FORMS)
+    assert set(trainer.levels.values()) == {len(LEVELS) - 1}
+
+
 def test_further_questions_have_the_answers_of_the_text() -> None:
     from random import Random
 
-    from mixture import COURSES, _draw
+    from mixture import COURSES, _unseen
 
     from headwise.probes import probe
 
@@ -66,7 +156,7 @@ def test_further_questions_have_the_answers_of_the_text() -> None:
     assert asked.keys() == {"hash", "colored-objects", "needle"}
     for name, course in asked.items():
         for seed in range(30):
-            item = _draw(course, probe(name), Random(seed))
+            item = _unseen(course, probe(name), Random(seed))
             more = course.more(item, Random(seed))
             assert more
             for question, answer in more:
@@ -78,31 +168,34 @@ def test_further_questions_have_the_answers_of_the_text() -> None:
 def test_no_held_out_item_is_ever_drawn(tmp_path: Path, small) -> None:
     from random import Random
 
-    from mixture import COURSES, _draw
+    from mixture import COURSES, _unseen
 
     from headwise.probes import held_out, probe
 
-    for course in COURSES:
+    for course in (each for each in COURSES if each.begins is not None):
         of, random = probe(course.probe), Random(0)
         drawn = [of.make(random, **random.choice(course.settings)).named(of.id) for _ in range(60)]
         assert sum(map(held_out, drawn)) > 0, course.probe  # or the next line says nothing
-        assert not any(held_out(_draw(course, of, random)) for _ in range(60))
+        assert not any(held_out(_unseen(course, of, random)) for _ in range(60))
 
 
 @pytest.mark.parametrize("kv_heads", [1, 0])
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, small, kv_heads: int) -> None:
+    from train import PROGRESS
+
     whole = small(tmp_path / "whole", kv_heads=kv_heads)
     for _ in range(4):
-        whole.train_pool()
+        whole.train_step()
     stopped = small(tmp_path / "stopped", kv_heads=kv_heads)
     for _ in range(2):
-        stopped.train_pool()
+        stopped.train_step()
     stopped.save()
     resumed = small(tmp_path / "stopped", kv_heads=kv_heads)
     assert resumed.resume()
     for _ in range(2):
-        resumed.train_pool()
-    assert (resumed.tokens, resumed.steps, resumed.right) == (whole.tokens, whole.steps, whole.right)
+        resumed.train_step()
+    for name in PROGRESS:
+        assert getattr(resumed, name) == getattr(whole, name), name
     for name, weights in whole.model.state_dict().items():
         assert torch.equal(weights, resumed.model.state_dict()[name]), name
 
@@ -115,10 +208,10 @@ def test_a_run_with_other_settings_is_not_gone_on_with(tmp_path: Path, small) ->
 
 def test_the_loss_falls(tmp_path: Path, small) -> None:
     trainer = small(tmp_path)
-    trainer.train_pool()
+    trainer.train_step()
     untrained = trainer.curve[0]["loss"]
     for _ in range(40):
-        trainer.train_pool()
+        trainer.train_step()
     assert untrained > 6.5  # the log of the vocabulary is 6.8
     assert min(point["loss"] for point in trainer.curve) < untrained - 0.1
 
@@ -127,22 +220,12 @@ def test_the_export_is_an_ordinary_checkpoint(tmp_path: Path, small) -> None:
     import headwise as hw
 
     trainer = small(tmp_path)
-    trainer.train_pool()
+    trainer.train_step()
     with hw.load(trainer.export()) as model:
         assert model.dtype == torch.bfloat16
         ids = model.tokenizer("The capital of France is", return_tensors="pt").input_ids
         assert ids[0, 0] == model.tokenizer.bos_token_id
         assert model(input_ids=ids).logits.shape == (1, 6, len(model.tokenizer))
-
-
-@pytest.mark.parametrize("shape", [(5, 16, 16), (3, 24, 8), (3, 8, 24)])
-def test_muon_brings_singular_values_near_one(shape: tuple[int, int, int]) -> None:
-    from muon import orthogonalized
-
-    torch.manual_seed(0)
-    values = torch.linalg.svdvals(orthogonalized(torch.randn(shape)))
-    assert values.min() > 0.3
-    assert values.max() < 1.3
 
 
 def test_the_tokenizer_in_the_package_is_the_one_that_training_builds() -> None:

@@ -339,7 +339,7 @@ def test_covers_every_kind_and_feature_and_is_in_the_catalogue() -> None:
     [
         ("tiny-lama", None, "no model 'tiny-lama'; did you mean .*tiny-llama"),
         ("tiny-gpt-oss", None, "did you mean .*tiny-gpt_oss"),
-        ("?", None, "no model '\\?'; choose one of: planted, "),
+        ("?", None, "no model '\\?'; choose one of: organism, "),
         ("tiny-llama", "nonsense", "tiny-llama .*attn='nonsense'"),
         ("tiny-gemma2", "sdpa", "tiny-gemma2 .*attn='sdpa'"),
     ],

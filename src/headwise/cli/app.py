@@ -13,10 +13,15 @@ from typer.exceptions import TyperException
 
 import headwise
 from headwise.cli import options
+from headwise.cli.atlas import atlas
 from headwise.cli.bench import bench
 from headwise.cli.console import say
 from headwise.cli.doctor import doctor
+from headwise.cli.find import find
 from headwise.cli.listing import list_entries
+from headwise.cli.papers import papers
+from headwise.cli.replicate import replicate
+from headwise.cli.verify import verify
 from headwise.errors import HeadwiseError
 
 DONE, CHECK_FAILED, BAD_INPUT, OWN_ERROR, INTERRUPTED = 0, 1, 2, 3, 130
@@ -29,8 +34,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("atlas")(atlas)
 app.command("doctor")(doctor)
 app.command("list")(list_entries)
+app.command("find")(find)
+app.command("verify")(verify)
+app.command("replicate")(replicate)
+app.command("papers")(papers)
 app.command("bench")(bench)
 
 
@@ -46,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TyperException as error:
         context = getattr(error, "ctx", None)
         program = context.command_path if context else "headwise"
-        say(f"{error.format_message().rstrip('.')}; see `{program} --help`")
+        message = error.format_message().rstrip(".")
+        say(f"{message}{' See' if message.endswith('?') else '; see'} `{program} --help`")
         return BAD_INPUT
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED

@@ -92,7 +92,8 @@ def discover(
 
     def sublayers() -> Sublayers:
         with quietly(model):
-            return find_sublayers(model, run, stack_blocks(model, described))
+            writes = {site.label: site.projection for site in described if site.projection is not None}
+            return find_sublayers(model, run, stack_blocks(model, described), writes)
 
     return Discovery(SiteTable(described, sublayers), inputs)
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from headwise.errors import InputError
 from headwise.model.norms import FinalNorm, float_dtype, may_be_norm, measure_norm, submodule
+from headwise.model.ways import NoGradient, Passed, Way, find_way, gradients, signs_like
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,10 @@ class Block:
 
     `calls` is how often the block ran in the one forward; with more than one (ALBERT) all else is of the last call.
     `reasons` says why `residual` is False or `mlp` is None, under these two names.
+
+    `ways` holds how each write reaches the stream behind the block, and how the stream before it does, past the writes:
+    by the label of the site for what an attention projection returns, by `mlp` for the feed-forward module's output, by
+    `stream` for the stream. In place of a way that is none stands the reason.
     """
 
     label: str
@@ -58,6 +63,7 @@ class Block:
     closing_norm: str | None
     calls: int
     reasons: Mapping[str, str]
+    ways: Mapping[str, Way | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +78,15 @@ class Sublayers:
     reasons: Mapping[str, str]
 
 
-def find_sublayers(model: nn.Module, run: Callable[[], object], blocks: Mapping[str, str]) -> Sublayers:
+def find_sublayers(
+    model: nn.Module, run: Callable[[], object], blocks: Mapping[str, str], writes: Mapping[str, str] | None = None
+) -> Sublayers:
     """Run the model once and measure blocks, feed-forward writes and final norms (see the top of this file).
 
     `run` makes one plain forward of `model` in eval mode, under `torch.no_grad()` and not `inference_mode`, with at
     least two positions. `blocks` maps a label ("L0", "encoder.L1") to the qualified name of the block's module. Inside
     each block gradients are on, so tensors kept by the run itself, such as a cache, carry them: throw them away.
+    `writes` maps the label of a site to the qualified name of its output projection.
 
     Raises InputError for an empty or nested `blocks`, a name the model does not have, or a run in inference mode.
     """
@@ -88,7 +97,7 @@ def find_sublayers(model: nn.Module, run: Callable[[], object], blocks: Mapping[
     for outer, inner in pairwise(names):
         if inner.startswith(outer):
             raise InputError(f"blocks: {inner[:-1]!r} lies in {outer[:-1]!r}; expected blocks apart from one another")
-    forward = _RecordedForward(blocks)
+    forward = _RecordedForward(blocks, writes or {})
     grad_was_on = torch.is_grad_enabled()
     with ExitStack() as undo:
         undo.callback(torch.set_grad_enabled, grad_was_on)
@@ -186,8 +195,9 @@ class _BlockRun:
 class _RecordedForward:
     """The hooks of one recorded forward; only one block is kept at a time."""
 
-    def __init__(self, names: Mapping[str, str]) -> None:
+    def __init__(self, names: Mapping[str, str], writes: Mapping[str, str]) -> None:
         self.names = names
+        self.writes = writes
         self.running: _BlockRun | None = None
         self.found: dict[str, Block] = {}
         self.last: dict[str, Tensor] = {}
@@ -225,7 +235,9 @@ class _RecordedForward:
             torch.set_grad_enabled(run.grad_was_on)
             stream = first_tensor(output)
             calls = self.found[label].calls + 1 if label in self.found else 1
-            self.found[label] = _measure_block(label, self.names[label], run, stream, calls)
+            found = _measure_block(label, self.names[label], run, stream, calls)
+            ways = {} if stream is None else _ways(found, run, stream, self.writes, self.last.get(_stack(label)))
+            self.found[label] = replace(found, ways=ways)
             if stream is None:
                 return None
             self.last[_stack(label)] = stream.detach().clone()
@@ -309,6 +321,54 @@ def _is_part_of(x: Tensor, stream: Tensor) -> bool:
     return bool((rows == stream[:, None]).all(-1).any(-1).all())
 
 
+# ------------------------------------------------------------------------------------------ how writes reach the stream
+
+
+def _ways(
+    block: Block, run: _BlockRun, stream: Tensor, writes: Mapping[str, str], before: Tensor | None
+) -> dict[str, Way | str]:
+    """See `Block.ways`; `before` is the stream behind the block that ran before this one."""
+    prefix = f"{block.module}."
+    modules = {label: name.removeprefix(prefix) for label, name in writes.items() if name.startswith(prefix)}
+    if block.mlp is not None:
+        modules["mlp"] = block.mlp.removeprefix(prefix)
+    if not block.residual or block.input_key is None:
+        return dict.fromkeys([*modules, "stream"], block.reasons["residual"])
+    returned = {label: _only_output(run, name) for label, name in modules.items()}
+    x = run.leaves[block.input_key]
+    starts = {label: output for label, output in returned.items() if not isinstance(output, str)} | {"stream": x}
+    passed = [
+        Passed(
+            prefix + call.name, call.module, call.only.tensor, call.only.value, call.output.tensor, call.output.value
+        )
+        for call in run.calls
+        if call.only is not None and call.output is not None
+    ]
+    found: dict[str, Way | str] = {label: output for label, output in returned.items() if isinstance(output, str)}
+    for label, start in starts.items():
+        others = [output for other, output in starts.items() if output is not start and other != "stream"]
+        try:
+            way = find_way(start, stream, passed, others)
+        except NoGradient as error:
+            found[label] = f"gradients do not pass through the block: {error}"
+            continue
+        found[label] = way or "it does not reach the stream by factors and norms alone, past the block's other writes"
+    if block.calls > 1:
+        found["stream"] = f"the block ran {block.calls} times"
+    elif before is not None and not _same(before, x):
+        found["stream"] = "the stream is changed between the block before and this one"
+    return found
+
+
+def _only_output(run: _BlockRun, name: str) -> Tensor | str:
+    outputs = [call.output for call in run.calls if call.name == name]
+    if len(outputs) != 1:
+        return f"{name} ran {len(outputs)} times in the block"
+    if outputs[0] is None or not outputs[0].tensor.requires_grad:
+        return f"what {name} returns is not of the form of the stream, or has no gradient"
+    return outputs[0].tensor
+
+
 # ----------------------------------------------------------------------------------------------------- the feed-forward
 
 
@@ -352,7 +412,7 @@ def _feed_forward(run: _BlockRun, x: Tensor, stream: Tensor) -> _Write | str:
                 continue
             if measure_norm(call.name, call.module, call.only.value, call.output.value) is not None:
                 writes = _feed_forward_writes(run, x, call.only, call.name)
-    except _NoGradient as error:
+    except NoGradient as error:
         return f"gradients do not pass through the block: {error}"
     if not writes:
         return "no module of the block adds its output to the stream and reads the stream at each position alone"
@@ -368,7 +428,7 @@ def _feed_forward_writes(run: _BlockRun, x: Tensor, total: _Seen, closing_norm: 
     if not total.tensor.requires_grad:
         return []
     states = [_Seen.of(x), *(seen for call in run.calls for seen in (*call.inputs, call.output) if seen is not None)]
-    signs = _signs(x)
+    signs = signs_like(x)
     writes: list[_Write] = []
     for name, scale, output in _added_to(run, total, signs):
         if any(name.startswith(f"{outer.name}.") for outer in writes):
@@ -395,9 +455,9 @@ def _added_to(run: _BlockRun, total: _Seen, signs: Tensor) -> list[tuple[str, fl
     # With r of random signs, r^T d(total)/d(output) = c r holds for c times the identity and by luck for nothing else,
     # and signs are exact in every dtype.
     towards = signs.view_as(total.tensor)
-    gradients = _gradients(total.tensor, [seen.tensor for _, seen in asked], towards)
+    found = gradients(total.tensor, [seen.tensor for _, seen in asked], towards)
     added = []
-    for (name, seen), gradient in zip(asked, gradients, strict=True):
+    for (name, seen), gradient in zip(asked, found, strict=True):
         if gradient is None:
             continue
         ratio = (gradient.reshape(signs.shape) * signs).to(float_dtype(gradient))
@@ -438,7 +498,7 @@ def _reads_each_position_alone(output: _Seen, sources: Sequence[_Seen], run: _Bl
         towards[:, position] = signs[:, position]
         towards = towards.view_as(output.tensor)
         reached = torch.zeros(length, dtype=torch.bool, device=signs.device)
-        for gradient in _gradients(output.tensor, cut, towards):
+        for gradient in gradients(output.tensor, cut, towards):
             if gradient is not None:
                 reached |= (gradient.reshape(signs.shape) != 0).any(-1).any(0)
         if reached.nonzero().flatten().tolist() != [position]:
@@ -446,28 +506,9 @@ def _reads_each_position_alone(output: _Seen, sources: Sequence[_Seen], run: _Bl
         with ExitStack() as undo:
             for tensor in cut:
                 undo.callback(tensor.register_hook(torch.zeros_like).remove)  # type: ignore[no-untyped-call]
-            if any(g is not None and bool((g != 0).any()) for g in _gradients(output.tensor, others, towards)):
+            if any(g is not None and bool((g != 0).any()) for g in gradients(output.tensor, others, towards)):
                 return False
     return True
-
-
-class _NoGradient(Exception):
-    """Autograd stopped in the block's own operations."""
-
-
-def _gradients(of: Tensor, by: Sequence[Tensor], towards: Tensor) -> Sequence[Tensor | None]:
-    """towards^T d(of)/d(by) for each of by, None where of does not depend on it. Raises _NoGradient."""
-    if not by:
-        return []
-    try:
-        return torch.autograd.grad(of, list(by), towards, retain_graph=True, allow_unused=True)
-    except RuntimeError as error:
-        raise _NoGradient(str(error).partition(":")[0]) from error
-
-
-def _signs(like: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randint(0, 2, like.shape, generator=generator) * 2 - 1).to(like)
 
 
 def _is_stream_like(tensor: Tensor, stream: Tensor) -> bool:

@@ -82,7 +82,8 @@ class Item:
     """One question with a known answer.
 
     Attributes:
-        id: the same for the same prompt, answer and twin everywhere; results of two models are joined on it.
+        id: the same for the same prompt and answer everywhere; results of two models are joined on it, and what found
+            heads is told by it from what tests them.
         prompt: the text, or the messages a chat template makes a text of.
         answer: what comes next, as a continuation, so mostly with a space in front.
         also: other right answers.
@@ -103,7 +104,8 @@ class Item:
 
     def named(self, probe: str) -> Self:
         """This item with an id made of its text, so that equal items have equal ids whatever stream they came from."""
-        content = json.dumps([_plain(self.prompt), self.answer, _plain(self.twin.prompt) if self.twin else None])
+        # The None stands where ids once had the twin; those of results on disk stay what they were.
+        content = json.dumps([_plain(self.prompt), self.answer, None])
         digest = hashlib.blake2s(content.encode(), digest_size=6).hexdigest()
         return replace(self, id=f"{probe}-{digest}")
 

@@ -205,7 +205,8 @@ class _Form:
                 )
 
     def require_causal(self, inputs: dict[str, Tensor]) -> None:
-        """Raises Refusal if a token changes the logits before it: an answer behind its prompt would show itself.
+        """Raises Refusal if a token changes the logits before it: an answer behind its prompt would show itself; or if
+        logits are NaN, which says neither.
 
         Tried once per model, on two rows that differ in their last token, when no plan is open: a run of the user's own
         plan must not be another one.
@@ -222,7 +223,14 @@ class _Form:
             row["input_ids"][1, -1] = last - 1 if last > 0 else last + 1
             with torch.no_grad():
                 logits = self.network(**row, **self.taken(use_cache=False)).logits
-            known = bool((logits[0, :-1] - logits[1, :-1]).abs().max() < 1e-4 * logits.abs().max())
+            if bool(logits.isnan().any()):
+                raise Refusal(
+                    f"the logits of {self.attached.name} are not numbers (NaN), so nothing can be told from them; "
+                    "check its weights, or load it with dtype='float32'"
+                )
+            # What is alike may be infinite: some models rule tokens out with -inf.
+            apart = (logits[0, :-1] - logits[1, :-1]).masked_fill(logits[0, :-1] == logits[1, :-1], 0.0)
+            known = bool(apart.abs().max() <= 1e-4 * logits[logits.isfinite()].abs().max())
             _CAUSAL[self.network] = known
         if not known:
             raise Refusal(

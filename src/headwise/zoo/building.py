@@ -1,4 +1,4 @@
-"""Every model of the zoo by its name: `zoo.build("planted")`, `zoo.build("tiny-llama")`.
+"""Every model of the zoo by its name: `zoo.build("organism")`, `zoo.build("tiny-llama")`.
 
 organism = build("tiny-llama")
 organism.model(**organism.example).logits.shape      # torch.Size([2, 32, 264])
@@ -14,6 +14,7 @@ import torch
 
 from headwise.catalogue import Entry, register
 from headwise.errors import InputError
+from headwise.zoo.organism import TITLE, load_organism
 from headwise.zoo.planted import PLANTED_NAMES, planted_named
 from headwise.zoo.tiny import Organism, build_tiny, outside_registry, tiny_types
 
@@ -21,10 +22,16 @@ from headwise.zoo.tiny import Organism, build_tiny, outside_registry, tiny_types
 def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, attn: str | None = None) -> Organism:
     """The model `name`, in evaluation mode on the CPU; the same weights for the same seed.
 
-    `attn` is the attention implementation (`eager`, `sdpa`, ...); None leaves it to transformers.
+    `attn` is the attention implementation (`eager`, `sdpa`, ...); None leaves it to transformers. A trained model has
+    the weights it was shipped with, and no seed but 0.
 
-    Raises `InputError` for an unknown name and for an attention implementation that the type does not have.
+    Raises `InputError` for an unknown name, for an attention implementation that the type does not have, and for a seed
+    that the model does not have.
     """
+    if name == "organism":
+        if seed != 0:
+            raise InputError(f"organism has trained weights and no seed {seed}; leave seed out")
+        return load_organism(dtype=dtype, attn=attn)
     if name not in _BUILDERS:
         close = get_close_matches(name, names(), n=3, cutoff=0.5)
         nearest = f"did you mean {' or '.join(close)}?" if close else f"choose one of: {', '.join(names())}"
@@ -34,7 +41,7 @@ def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, attn:
 
 def names() -> tuple[str, ...]:
     """Every name that `build` takes."""
-    return tuple(_BUILDERS)
+    return ("organism", *_BUILDERS)
 
 
 _BUILDERS: dict[str, Callable[..., Organism]] = {
@@ -42,6 +49,7 @@ _BUILDERS: dict[str, Callable[..., Organism]] = {
     **{row.name: partial(build_tiny, row) for row in (*tiny_types(), *outside_registry())},
 }
 
+register(Entry(id="organism", kind="models", title=TITLE, page="organism.md"))
 for _name, _architecture in PLANTED_NAMES.items():
     register(Entry(id=_name, kind="models", title=f"planted heads, {_architecture} shape", page="planted.md"))
 for _type in (*tiny_types(), *outside_registry()):

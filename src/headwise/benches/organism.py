@@ -1,4 +1,4 @@
-"""What a trained organism gets right on items it never saw: share of answers that are right to the last token.
+"""What the trained organism gets right on items it never saw: share of answers that are right to the last token.
 
 Needles are asked for at every depth and several lengths; the worst cell is a figure of its own. Conflicts are split by
 what the instruction says to trust.
@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import islice
 
 from headwise import metrics
+from headwise.loading import load
 from headwise.model.attached import AttachedModel
 from headwise.probes import Item, Probe, encode, held_out, probe
 
@@ -34,6 +35,12 @@ BEHAVIOURS: Mapping[str, Callable[[], Probe]] = {
     "refusal": lambda: probe("refusal"),
     "repeat": lambda: probe("repeat"),
 }
+
+
+def measure(*, seed: int = 0, device: str | None = None, dtype: str | None = None) -> dict[str, float]:
+    """The shipped organism's figures: `needle.accuracy`, `facts.accuracy` ...; 1 is all right."""
+    with load("zoo:organism", device=device, dtype=dtype) as model:
+        return accuracies(model, seed=seed)
 
 
 def accuracies(model: AttachedModel, *, seed: int = 0) -> dict[str, float]:

@@ -1,0 +1,348 @@
+"""From an atlas on disk to what its report shows: the one place that knows both."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas
+from scipy import stats
+
+from headwise.atlas.report.view import (
+    NAN,
+    Alike,
+    Behaviour,
+    Claim,
+    Dose,
+    Example,
+    Failure,
+    HeadMap,
+    Matrix,
+    Off,
+    Pair,
+    Pattern,
+    Report,
+    Shown,
+    naming,
+)
+from headwise.heads import HeadSet, SiteId
+from headwise.scores import HeadScores
+from headwise.verify.evidence import Evidence
+from headwise.verify.specialisation import Specialisation, specialisation
+from headwise.verify.verdict import FamilyVerdict, JointVerdict, SingleVerdict
+
+if TYPE_CHECKING:
+    from headwise.atlas.manifest import Manifest
+    from headwise.atlas.opened import Atlas
+    from headwise.atlas.opened import Dose as Measured
+
+CONFIDENCE = 0.95
+FILES = (
+    Shown("manifest.json", "what was planned, written before the first cell"),
+    Shown("cells/", "every result as it was measured: JSON, and safetensors for arrays"),
+    Shown("tables/", "scores, effects, controls, verdicts, items, off_target as Parquet"),
+)
+
+
+def report_of(atlas: Atlas, *, found: Specialisation | None = None, command: str = "") -> Report:
+    """What the report of an atlas shows, finished or not.
+
+    `found` is its specialisation, where it was measured with more than the atlas holds (double dissociations); it is
+    laid out from the atlas's families if left out. `command` repeats the run; made from the manifest if left out.
+    """
+    manifest = atlas.manifest
+    families = atlas.families()
+    off = _Off(atlas.off_target, manifest.off_target)
+    behaviours = tuple(_behaviour(atlas, evidence, verdict, off) for evidence, verdict in families)
+    alone = {each.family.probe: each.verified for _, each in families}
+    if found is None and families:
+        found = specialisation(families)
+    return Report(
+        model=manifest.model.name,
+        n_heads=len(manifest.model.heads),
+        n_layers=len(manifest.model.sites),
+        asked=_asked(manifest),
+        origin=_origin(manifest),
+        command=command or command_of(manifest, str(atlas.folder)),
+        behaviours=behaviours,
+        maps=_maps(atlas, families, alone),
+        matrix=None if found is None else _matrix(found),
+        examples=tuple(each for probe in alone for each in _examples(atlas, probe, alone[probe])),
+        doses=tuple(each for probe in alone for each in _doses(atlas.dose(probe))),
+        refused=_refused(atlas, {each.probe for each in behaviours if each.refusal}),
+        complete=atlas.complete,
+        files=FILES,
+    )
+
+
+def command_of(manifest: Manifest, folder: str) -> str:
+    """The command that makes an atlas like this one."""
+    settings = manifest.settings
+    parts = ["headwise", "atlas", manifest.model.name, "--out", folder, "--items", str(settings.items)]
+    parts += ["--seed", str(settings.seed), "--mode", settings.mode, "--scope", settings.scope]
+    parts += ["--probes", ",".join(each.id for each in manifest.behaviours)]
+    parts += ["--methods", ",".join(each.id for each in manifest.methods)]
+    if manifest.model.revision:
+        parts += ["--revision", manifest.model.revision]
+    return shlex.join(parts)
+
+
+class _Off:
+    """Off-target changes by the behaviour and the heads that they are of; a head of the map is of no behaviour."""
+
+    def __init__(self, table: pandas.DataFrame, probe: str) -> None:
+        self._found = {
+            (row.probe, row.heads): Off(
+                probe, float(row.change), row.unit, float(row.low), float(row.high), int(row.n_items)
+            )
+            for row in table.itertuples()
+        }
+
+    def of(self, heads: HeadSet, probe: str = "") -> tuple[Off, ...]:
+        found = self._found.get((probe, ", ".join(heads.labels)))
+        return () if found is None else (found,)
+
+
+def _behaviour(atlas: Atlas, evidence: Evidence, verdict: FamilyVerdict, off: _Off) -> Behaviour:
+    family = verdict.family
+    card = atlas.manifest.probe(family.probe)
+    chosen = [(method, atlas.chosen(method, probe)) for method, probe in atlas.scored if probe == family.probe]
+
+    def joint(each: JointVerdict) -> Claim:
+        alone = len(each.heads & verdict.verified)
+        of_set = off.of(each.heads, family.probe)
+        return _claim(
+            each, each.heads, method=each.name, controls=tuple(each.controls.tolist()), alone=alone, off=of_set
+        )
+
+    def single(each: SingleVerdict) -> Claim:
+        heads = HeadSet((each.head,))
+        named_by = tuple(method for method, top in chosen if heads <= top)
+        return _claim(each, heads, named_by=named_by, off=off.of(heads))
+
+    singles = sorted(map(single, verdict.singles), key=lambda each: -Behaviour.rank(each))
+    return Behaviour(
+        probe=family.probe,
+        title=card.title,
+        metric=family.metric,
+        unit=verdict.unit,
+        mode=family.mode,
+        scope=family.scope,
+        n_items=verdict.n_items,
+        family_size=verdict.size,
+        clean=verdict.clean,
+        chance=verdict.chance,
+        solved=verdict.solved,
+        smallest=verdict.smallest,
+        refusal=verdict.refusal,
+        joints=tuple(map(joint, verdict.joints)),
+        singles=tuple(singles),
+    )
+
+
+def _claim(
+    each: SingleVerdict | JointVerdict,
+    heads: HeadSet,
+    *,
+    method: str = "",
+    controls: tuple[float, ...] = (),
+    alone: int = 0,
+    named_by: tuple[str, ...] = (),
+    off: tuple[Off, ...] = (),
+) -> Claim:
+    against = each.against
+    return Claim(
+        heads=heads.labels,
+        method=method,
+        effect=each.effect,
+        excess=against.excess,
+        low=against.ci[0],
+        high=against.ci[1],
+        ceiling=against.ceiling,
+        n_controls=against.n,
+        match=each.match,
+        p=against.p,
+        p_floor=against.p_floor,
+        p_kind=against.kind,
+        q=each.q,
+        ruling=each.ruling,
+        reason=each.reason,
+        controls=controls,
+        alone=alone,
+        named_by=named_by,
+        off=off,
+    )
+
+
+def _maps(
+    atlas: Atlas, families: Sequence[tuple[Evidence, FamilyVerdict]], alone: dict[str, HeadSet]
+) -> tuple[HeadMap, ...]:
+    maps = [_effects(evidence, verdict) for evidence, verdict in families if not verdict.refusal and evidence.heads]
+    papers = {each.id: f"{each.paper} ({each.year}), tier {each.tier}" for each in atlas.manifest.methods}
+    for method, probe in atlas.scored:
+        scores = atlas.scores(method, probe)
+        maps += _scores(scores, method, probe, papers.get(method, ""), alone.get(probe, HeadSet()))
+    return tuple(maps)
+
+
+def _effects(evidence: Evidence, verdict: FamilyVerdict) -> HeadMap:
+    sites = evidence.heads.sites
+    heads = evidence.heads.heads
+    values = np.full((len(sites), 1 + max(each.index for each in heads)), np.nan)
+    drops = evidence.drops(evidence.values).mean(axis=1)
+    for head, drop in zip(heads, drops, strict=True):
+        values[sites.index(head.site), head.index] = drop
+    return HeadMap(
+        title="knock-out effect",
+        note=f"{evidence.family.metric}, {evidence.unit}; mode {evidence.family.mode}, scope {evidence.family.scope}",
+        probe=evidence.family.probe,
+        n_items=len(evidence.item_ids),
+        rows=tuple(site.label for site in sites),
+        values=values,
+        descriptive=False,
+        marked=_places(sites, verdict.verified),
+        stack=sites[0].stack,
+    )
+
+
+def _scores(scores: HeadScores, method: str, probe: str, note: str, alone: HeadSet) -> list[HeadMap]:
+    return [
+        HeadMap(
+            title=method,
+            note=note,
+            probe=probe,
+            n_items=len(scores.item_ids),
+            rows=tuple(site.label for site in scores.sites[stack]),
+            values=values,
+            descriptive=True,
+            marked=_places(scores.sites[stack], alone),
+            stack=stack,
+        )
+        for stack, values in scores.mean().items()
+    ]
+
+
+def _places(sites: Sequence[SiteId], heads: HeadSet) -> tuple[tuple[int, int], ...]:
+    return tuple((list(sites).index(each.site), each.index) for each in heads.heads if each.site in sites)
+
+
+def _matrix(found: Specialisation) -> Matrix | None:
+    """The heads that are verified for something; None where there is none, or only one behaviour."""
+    kept = np.asarray(found.verified.any(axis=1))
+    if not kept.any() or len(found.behaviours) < 2:
+        return None
+    pairs = [
+        Pair(of.heads_of, other, of.own, of.other, of.excess.low, of.excess.high, each.double)
+        for each in found.pairs
+        for of, other in ((each.of_first, each.second), (each.of_second, each.first))
+    ]
+    alike = [
+        Alike(each.first, each.second, each.spearman, each.shared, each.shared_by_chance, each.p)
+        for each in found.similarity
+        if each.n_first and each.n_second
+    ]
+    return Matrix(
+        behaviours=found.behaviours,
+        heads=tuple(label for label, keep in zip(found.heads.labels, kept, strict=True) if keep),
+        shares=found.effects[kept],
+        verified=found.verified[kept],
+        selectivity=found.selectivity[kept],
+        index="tau (Yanai et al. 2005): 1 for a head that serves one behaviour, 0 for one that serves all alike",
+        pairs=tuple(pairs),
+        alike=tuple(alike),
+    )
+
+
+def _examples(atlas: Atlas, probe: str, alone: HeadSet) -> list[Example]:
+    return [
+        Example(
+            probe,
+            each.item,
+            each.tokens,
+            each.answer,
+            tuple(
+                Pattern(head.label, tuple(weights.tolist()), head in alone)
+                for head, weights in zip(each.heads, each.weights, strict=True)
+            ),
+        )
+        for each in atlas.examples(probe)
+    ]
+
+
+def _doses(measured: Measured | None) -> list[Dose]:
+    if measured is None:
+        return []
+    heads = ", ".join(measured.heads.labels)
+    where = "largest effect alone" if measured.name == "map" else naming(measured.name)
+    picked = f"{heads} ({where}; the costliest on these items)"
+    by_share = _dose(measured, picked, "share taken out", measured.doses, measured.dose_drops)
+    ranked = "heads by the effect of each alone on these items"
+    return [by_share, _dose(measured, ranked, "heads out", measured.sizes, measured.growing_drops)]
+
+
+def _dose(measured: Measured, title: str, x_name: str, x: Sequence[float], drops: np.ndarray) -> Dose:
+    """Mean drops with Student's interval over items; nothing out costs nothing."""
+    n = drops.shape[1]
+    mean = drops.mean(axis=1)
+    half = np.full(len(mean), NAN)
+    if n > 1:
+        half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * drops.std(axis=1, ddof=1) / n**0.5
+    return Dose(
+        measured.probe,
+        title,
+        x_name,
+        measured.unit,
+        n,
+        (0.0, *map(float, x)),
+        (0.0, *mean.tolist()),
+        (0.0, *(mean - half).tolist()),
+        (0.0, *(mean + half).tolist()),
+    )
+
+
+def _refused(atlas: Atlas, known: set[str]) -> tuple[Failure, ...]:
+    return tuple(Failure(what, reason) for what, reason in atlas.refused.items() if what not in known)
+
+
+def _asked(manifest: Manifest) -> tuple[Shown, ...]:
+    settings, model = manifest.settings, manifest.model
+    return (
+        Shown("Model", f"{model.type}, {len(model.sites)} layers, {len(model.heads)} heads, {_size(model.parameters)}"),
+        Shown("Items per probe", f"{settings.items}, half to find heads, half to test them"),
+        Shown("Knock-out", f"mode {settings.mode}, scope {settings.scope}"),
+        Shown("Behaviours", ", ".join(each.id for each in manifest.behaviours) or "none"),
+        Shown("Methods", ", ".join(each.id for each in manifest.methods) or "none"),
+        Shown("Seed", str(settings.seed)),
+    )
+
+
+def _origin(manifest: Manifest) -> tuple[Shown, ...]:
+    model, settings = manifest.model, manifest.settings
+    lines = [
+        Shown("Weights", model.weights_hash),
+        Shown("Revision", model.revision or "none"),
+        Shown("Run in", f"{model.dtype} on {model.device}, kernel {model.kernel}, {manifest.threads} threads"),
+        Shown("Forwards", f"up to {manifest.batch_tokens:,} tokens; items up to {settings.max_tokens} tokens"),
+        Shown("Control sets", f"{settings.controls} for each set of heads"),
+        Shown("Off-target", _off_target(manifest)),
+        Shown("Format", f"{manifest.format_version}, cells {manifest.cell_schema}"),
+    ]
+    return (*lines, *(Shown(name, version) for name, version in manifest.versions.items()))
+
+
+def _off_target(manifest: Manifest) -> str:
+    """With its settings, which may be other than the probe's own: long texts are shortened to fit."""
+    if not manifest.off_target:
+        return "none"
+    settings = manifest.probe(manifest.off_target).settings
+    said = "; ".join(f"{name} {', '.join(map(str, values))}" for name, values in settings.items())
+    return f"{manifest.off_target} ({said})" if said else manifest.off_target
+
+
+def _size(parameters: int) -> str:
+    for size, unit in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
+        if parameters >= size:
+            return f"{parameters / size:.3g} {unit} parameters"
+    return f"{parameters} parameters"

@@ -1,0 +1,142 @@
+"""`atlas`: run all cells that are not there yet, one after the other, each stored before the next one begins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from headwise.atlas.cell import Cell
+from headwise.atlas.manifest import FORMAT_VERSION, Settings
+from headwise.atlas.measuring import Measuring
+from headwise.atlas.opened import Atlas
+from headwise.atlas.planning import Plan, plan
+from headwise.atlas.progress import Shown
+from headwise.atlas.store import Store
+from headwise.atlas.tables import write_tables
+from headwise.errors import InputError
+from headwise.find.method import Method
+from headwise.model.attached import AttachedModel
+from headwise.probes.stream import Probe
+from headwise.sweep import Mode
+
+
+class Watching(Protocol):
+    """Who is told how a run goes; see `headwise.atlas.progress`."""
+
+    def planned(self, plan: Plan, left: Sequence[Cell]) -> None:
+        """Before the first cell."""
+
+    def began(self, cell: Cell) -> None: ...
+
+    def finished(self, cell: Cell, refused: str) -> None: ...
+
+
+def atlas(
+    model: AttachedModel,
+    out: str | Path,
+    *,
+    probes: Sequence[str | Probe] | None = None,
+    methods: Sequence[str | Method] | None = None,
+    items: int = 64,
+    seed: int = 0,
+    mode: Mode = "zero",
+    scope: str = "all",
+    max_tokens: int = 256,
+    controls: int = 50,
+    off_target: str = "text",
+    watching: Watching | None = None,
+) -> Atlas:
+    """Score every head by every method, test what was found on other items, and keep all of it in a folder.
+
+        atlas = hw.atlas(model, "atlas-planted", probes=["ioi", "repeat"])
+        atlas.judged()
+
+    The folder is an atlas as soon as this has begun. Called again with the same arguments it goes on where it stopped,
+    and measures nothing twice; with more probes or methods it adds their cells.
+
+    Args:
+        out: the folder; made if it is not there.
+        probes: what the model is asked (`headwise list probes`); all that its tokenizer can express if left out.
+        methods: what heads are scored by (`headwise list methods`); all but `knock-out` if left out, since every head
+            is knocked out anyway.
+        items: items per probe. The first half finds heads, the second half tests them.
+        seed: of every random draw.
+        mode, scope: how heads are taken out, and where.
+        max_tokens: longest item, in tokens of prompt and answer; longer ones are passed over and counted.
+        controls: control sets for each set of heads; a verdict wants at least 50.
+        off_target: the probe on which the heads should change nothing.
+        watching: is told how it goes; None shows it on stderr, `headwise.atlas.progress.Silent()` says nothing.
+
+    Raises:
+        InputError: no such probe or method; too few items; a scope that does not exist, or a span that no probe has; a
+            folder that holds another atlas, or something else.
+        Refusal: nothing can be asked of the model; another process is at work on the folder; the disk is full. What was
+            finished is kept.
+    """
+    if not isinstance(model, AttachedModel):
+        raise InputError(f"atlas takes an attached model (hw.load, hw.attach), not a {type(model).__name__}")
+    for name, given in (("probes", probes), ("methods", methods)):
+        if isinstance(given, str) or (given is not None and not len(given)):
+            raise InputError(f"{name} takes a list of ids; write {name}={[given] if given else None!r}")
+    settings = Settings(
+        items=items,
+        seed=seed,
+        max_tokens=max_tokens,
+        mode=mode,
+        scope=scope,
+        controls=controls,
+        off_target=off_target,
+    )
+    store = Store(Path(out))
+    with ExitStack() as opened:
+        opened.enter_context(store.locked())
+        watcher = watching if watching is not None else opened.enter_context(Shown())
+        earlier = store.manifest() if store.exists else None
+        if earlier is not None and earlier.format_version < FORMAT_VERSION:
+            raise InputError(
+                f"{out} has format_version {earlier.format_version}, which this headwise only reads (Atlas.open); "
+                "choose another --out"
+            )
+        with _threads(earlier.threads if earlier is not None else torch.get_num_threads()):
+            planned = plan(model, settings, probes, methods, earlier)
+            if planned.manifest != earlier:
+                store.write_manifest(planned.manifest)
+            _run(Measuring(model, planned, store), watcher)
+        atlas = Atlas(store, planned.manifest)
+        write_tables(atlas, store)
+    return atlas
+
+
+def _run(measuring: Measuring, watcher: Watching) -> None:
+    store, planned = measuring.store, measuring.plan
+    left = [cell for cell in planned.cells if not store.has(cell)]
+    store.log("began", left=len(left), cells=len(planned.cells), versions=dict(planned.manifest.versions))
+    watcher.planned(planned, left)
+    for cell in left:
+        watcher.began(cell)
+        began = time.perf_counter()
+        try:
+            result = measuring.measure(cell)
+        except KeyboardInterrupt:
+            store.log("interrupted", cell=cell.id)
+            raise
+        store.write_cell(cell, result)
+        store.log("cell", cell=cell.id, seconds=round(time.perf_counter() - began, 3), refused=result.refused)
+        watcher.finished(cell, result.refused)
+    store.log("finished")
+
+
+@contextmanager
+def _threads(wanted: int) -> Iterator[None]:
+    """As many threads as the cells that are there were made with: sums are taken in another order with more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,92 @@
+"""What an atlas found, for the terminal: what is verified, what is refused and why, and where the report lies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from headwise.atlas.report.numerals import counted, percent
+from headwise.atlas.report.reading import report_of
+from headwise.atlas.report.view import Behaviour, Report
+
+if TYPE_CHECKING:
+    from headwise.atlas.opened import Atlas
+
+HEADS_SHOWN = 6
+FAILURES_SHOWN = 8
+NOTHING = "\u2013"
+
+
+def summary(atlas: Atlas, path: Path) -> tuple[Table | str, ...]:
+    """For `print_tables`; fits 80 columns. `path` is where the report was written."""
+    return told(report_of(atlas), path)
+
+
+def told(report: Report, path: Path) -> tuple[Table | str, ...]:
+    """The same of a report that is there already."""
+    parts: list[Table | str] = []
+    solved = [each for each in report.behaviours if not each.refusal]
+    if solved:
+        parts.append(_verified(report, solved))
+    refused = [(each.probe, each.refusal) for each in report.behaviours if each.refusal]
+    refused += [(each.what, each.reason) for each in report.refused]
+    if refused:
+        parts.append(_refused(refused))
+    heads = len(report.verified_heads)
+    parts.append(f"{heads} of {counted(report.n_heads, 'head')} verified alone. Report: {path}")
+    if not report.complete:
+        parts.append("The atlas is not complete; the same command goes on with it.")
+    return tuple(parts)
+
+
+def _verified(report: Report, solved: list[Behaviour]) -> Table:
+    """One row a behaviour. Percentages are shares of its reach, the clean metric's distance from chance."""
+    shared = {(each.mode, each.scope) for each in solved}
+    how = ", ".join(f"mode {mode}, scope {scope}" for mode, scope in sorted(shared))
+    table = Table(
+        "behaviour",
+        "verified alone",
+        "best set together",
+        title=Text(f"headwise atlas {report.model}: verified ({how})"),
+        title_justify="left",
+    )
+    table.add_column("items", justify="right")
+    table.add_column("claims", justify="right")
+    for each in solved:
+        table.add_row(
+            Text(each.probe),
+            Text(_alone(each)),
+            Text(_together(each)),
+            str(each.n_items),
+            f"{len(each.verified)}/{len(each.claims)}",
+        )
+    return table
+
+
+def _alone(behaviour: Behaviour) -> str:
+    found = [each for each in behaviour.singles if each.ruling == "verified"]
+    shown = [f"{each.heads[0]} {percent(behaviour.share(each.effect))}" for each in found[:HEADS_SHOWN]]
+    rest = [f"+{len(found) - HEADS_SHOWN}"] if len(found) > HEADS_SHOWN else []
+    return ", ".join(shown + rest).replace("\u202f", "") or NOTHING
+
+
+def _together(behaviour: Behaviour) -> str:
+    best = behaviour.best_set
+    undecidable = sum(each.ruling == "undecidable" for each in behaviour.claims)
+    if best is None:
+        return f"{undecidable} undecidable" if undecidable else NOTHING
+    share = percent(behaviour.share(best.effect)).replace("\u202f", "")
+    heads = str(len(best.heads)) if best.method else best.heads[0]
+    return f"{heads} ({best.chosen_by}): {share}"
+
+
+def _refused(refused: list[tuple[str, str]]) -> Table:
+    table = Table("refused", "why", title_justify="left")
+    for what, reason in refused[:FAILURES_SHOWN]:
+        table.add_row(Text(what), Text(reason))
+    if len(refused) > FAILURES_SHOWN:
+        table.add_row(Text(f"{len(refused) - FAILURES_SHOWN} more"), Text("see the report"))
+    return table

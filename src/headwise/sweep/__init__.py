@@ -1,0 +1,8 @@
+"""Many knock-outs at once, and the sets of heads they are compared with."""
+
+from __future__ import annotations
+
+from headwise.sweep.knockout import MODES, KnockOut, Mode, measure_sets
+from headwise.sweep.matched import Controls, matched_sets
+
+__all__ = ["MODES", "Controls", "KnockOut", "Mode", "matched_sets", "measure_sets"]
