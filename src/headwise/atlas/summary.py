@@ -20,14 +20,14 @@ FAILURES_SHOWN = 8
 NOTHING = "\u2013"
 
 
-def summary(atlas: Atlas, path: Path) -> tuple[Table | str, ...]:
+def summary(atlas: Atlas, path: Path) -> tuple[Table | Text | str, ...]:
     """For `print_tables`; fits 80 columns. `path` is where the report was written."""
     return told(report_of(atlas), path)
 
 
-def told(report: Report, path: Path) -> tuple[Table | str, ...]:
+def told(report: Report, path: Path) -> tuple[Table | Text | str, ...]:
     """The same of a report that is there already."""
-    parts: list[Table | str] = []
+    parts: list[Table | Text | str] = []
     solved = [each for each in report.behaviours if not each.refusal]
     if solved:
         parts.append(_verified(report, solved))
@@ -36,7 +36,8 @@ def told(report: Report, path: Path) -> tuple[Table | str, ...]:
     if refused:
         parts.append(_refused(refused))
     heads = len(report.verified_heads)
-    parts.append(f"{heads} of {counted(report.n_heads, 'head')} verified alone. Report: {path}")
+    parts.append(f"{heads} of {counted(report.n_heads, 'head')} verified alone. Report:")
+    parts.append(Text(str(path), no_wrap=True, overflow="ignore"))  # in one piece, to be copied
     if not report.complete:
         parts.append("The atlas is not complete; the same command goes on with it.")
     return tuple(parts)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 CHATTY = ("transformers", "huggingface_hub", "accelerate", "torch", "peft")
 
@@ -26,12 +27,12 @@ def print_json(result: Mapping[str, object]) -> None:
     _write(json.dumps(result, allow_nan=False) + "\n")
 
 
-def print_tables(*parts: Table | str) -> None:
+def print_tables(*parts: Table | Text | str) -> None:
     # No markup: a model's name or a detail may hold square brackets.
     console = Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
     with console.capture() as text:
         for part in parts:
-            console.print(part)
+            console.print(part, crop=False)
     _write(text.get())
 
 
