@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 from huggingface_hub.utils import are_progress_bars_disabled
+from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from headwise.cli.console import CHATTY, print_json, print_tables, quiet
@@ -51,3 +52,11 @@ def test_json_is_one_line_of_ascii_and_never_invalid(capsys: pytest.CaptureFixtu
 def test_square_brackets_in_a_name_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     print_tables("model [red]x[/red] :smile:")
     assert capsys.readouterr().out == "model [red]x[/red] :smile:\n"
+
+
+def test_a_path_is_not_broken_over_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    path = "/" + "folder/" * 30 + "report.html"
+    print_tables("a sentence " * 12, Text(path))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == path
+    assert max(map(len, lines[:-1])) <= 80

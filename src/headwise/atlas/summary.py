@@ -37,7 +37,7 @@ def told(report: Report, path: Path) -> tuple[Table | Text | str, ...]:
         parts.append(_refused(refused))
     heads = len(report.verified_heads)
     parts.append(f"{heads} of {counted(report.n_heads, 'head')} verified alone. Report:")
-    parts.append(Text(str(path), no_wrap=True, overflow="ignore"))  # in one piece, to be copied
+    parts.append(Text(str(path)))  # in one piece, to be copied
     if not report.complete:
         parts.append("The atlas is not complete; the same command goes on with it.")
     return tuple(parts)

@@ -32,7 +32,7 @@ def print_tables(*parts: Table | Text | str) -> None:
     console = Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
     with console.capture() as text:
         for part in parts:
-            console.print(part, crop=False)
+            console.print(part, soft_wrap=isinstance(part, Text))  # a Text, such as a path, stays in one piece
     _write(text.get())
 
 
