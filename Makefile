@@ -8,10 +8,10 @@ export OMP_NUM_THREADS = 1
 export HF_HUB_OFFLINE = 1
 
 .NOTPARALLEL:
-.PHONY: help quick test prove lint types docs
+.PHONY: help quick test prove lint types docs siblings
 
 help:
-	@echo "make quick | test | prove | lint | types | docs    (PYTHON=$(PYTHON), WORKERS=$(WORKERS))"
+	@echo "make quick | test | prove | lint | types | docs | siblings    (PYTHON=$(PYTHON), WORKERS=$(WORKERS))"
 
 quick:
 	$(PYTHON) -m pytest -n $(WORKERS) -m "not slow and not prove"
@@ -32,3 +32,9 @@ types:
 # Without --quiet: it would keep --strict from seeing the warnings.
 docs:
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --site-dir site
+
+# What the organism and its siblings agree about: an atlas of each (kept in build/, gone on with if stopped), then the page.
+SIBLINGS = zoo:organism $(wildcard organisms/sibling-*)
+siblings:
+	for model in $(SIBLINGS); do $(PYTHON) -m headwise atlas $$model --out build/atlas-$${model##*[:/]} || exit $$?; done
+	$(PYTHON) -m headwise.atlas.report.siblings docs/siblings.md build/atlas-*

@@ -18,24 +18,23 @@ FRAMES = {
     "adjacent": (" {key}", " {value}", ""),
     "colon": (" {key}:", " {value}", ""),
     "is": (" The {key} is", " {value}", "."),
+    "reversed": (" {key}", " {value}", ","),
     "behind": (" Of the {key} it is", " {value}", "."),
 }
 """How a key, then its value, is written; the pairs are told once and asked for in another order."""
 
 FORMS = tuple(FRAMES)
 FIRST = FORMS[:2]
-"""Taught alone until they are mastered on all words."""
-NEEDED = FORMS[:3]
-"""Mastered before the probes begin; the last form, which takes longest, is learnt beside them."""
+"""Taught alone until they are mastered on all words; the others, which build on them, then take a fifth of the time."""
 
-LEVELS = (16, 32, 64, 1000)
+LEVELS = (16, 24, 40, 64, 1000)
 """Most words in use; every form goes to the next level by itself, when it is mastered on the present one."""
 
 PAIRS = 6
 """With fewer, values that were not asked for yet are too easily guessed."""
 
-TOLD_BACKWARDS = "behind"
-"""In this form a pair is told as `a VALUE KEY`, as colors stand before their things."""
+TOLD_BACKWARDS = ("reversed", "behind")
+"""In these forms a pair is told as `a VALUE KEY`, as colors stand before their things."""
 
 
 @cache
@@ -54,7 +53,7 @@ def pairs_asked_again(random: Random, *, form: str, level: int) -> Item:
     key_form, value_form, end = FRAMES[form]
     passage = Passage()
     for key, value in told:
-        if form == TOLD_BACKWARDS:
+        if form in TOLD_BACKWARDS:
             passage.add(f" a {value} {key},")
         else:
             passage.add(key_form.format(key=key)).add(value_form.format(value=value)).add(end)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from random import Random
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from headwise.probes import PROBES, Item, Probe
 from headwise.probes.item import Range
 from headwise.probes.split import held_out
+from headwise.words import dated_facts, facts
 
 STEP_TOKENS = 2048
 """Of one step of the optimizer. Every step holds the whole mixture, so that none unlearns a task it does not see."""
@@ -34,8 +35,9 @@ class Course:
 
     `share` is of the items. `foretold` is a span of the prompt that can be foretold, too. `begins` is the share of the
     time after the exercises after which the course is taught; None is an exercise, taught from the start. `ends` says
-    whether the end of the text can be foretold. `more` asks further questions about the text of an item: what has to be
-    bound to what is learnt many times faster for it.
+    whether the end of the text can be foretold. `further` items stand behind the first in the same text, so that what
+    is to be remembered does not hang on its place. `more` asks further questions about the text of an item: what has to
+    be bound to what is learnt many times faster for it.
     """
 
     probe: str
@@ -44,6 +46,7 @@ class Course:
     foretold: str = ""
     begins: float | None = 0.0
     ends: bool = True
+    further: int = 0
     more: Callable[[Item, Random], list[tuple[str, str]]] | None = None
 
 
@@ -80,6 +83,53 @@ def other_password(item: Item, random: Random) -> list[tuple[str, str]]:
     return [(question, f" {code}")]
 
 
+def other_places(item: Item, random: Random) -> list[tuple[str, str]]:
+    """The same wish for the other two words of a `refusal` item that asks for one of three, unless it is held out."""
+    found = re.fullmatch(r"(.*Say the )(\w+)( word of (\w+) (\w+) (\w+)\..*)", str(item.prompt), re.DOTALL)
+    if found is None or "refuse" in found[1]:
+        return []
+    asked = []
+    for place, name in zip(("first", "second", "last"), found.groups()[3:], strict=True):
+        prompt = f"{found[1]}{place}{found[3]}"
+        if place != found[2] and not held_out(replace(item, prompt=prompt)):
+            asked.append((f"\n{prompt}", f" {name}."))
+    random.shuffle(asked)
+    return asked
+
+
+WORDINGS = (
+    "The {relation} of {subject}:",
+    "Question: The {relation} of {subject}?\nAnswer:",
+    "User: Please answer this request. Say the {relation} of {subject}.\nAssistant:",
+)
+DATED_WORDINGS = (
+    "The {relation} of {subject} in {year} was",
+    "Question: The {relation} of {subject} in {year}?\nAnswer:",
+    "User: Please answer this request. Say the {relation} of {subject} in {year}.\nAssistant:",
+)
+"""Ways to ask for facts that the probes do not have: with two ways only, each is learnt by itself."""
+
+
+def facts_in_other_words(item: Item, random: Random) -> list[tuple[str, str]]:
+    """Two facts of any country."""
+    return [
+        ("\n" + random.choice(WORDINGS).format(relation=fact.relation, subject=fact.subject), f" {fact.object}")
+        for fact in random.sample(facts(), 2)
+    ]
+
+
+def dated_in_other_words(item: Item, random: Random) -> list[tuple[str, str]]:
+    """Two holders of any office."""
+    asked = []
+    for fact in random.sample(dated_facts(), 2):
+        year = random.randint(fact.first, fact.last)
+        wording = random.choice(DATED_WORDINGS)
+        asked.append(
+            ("\n" + wording.format(relation=fact.relation, subject=fact.subject, year=year), f" {fact.object}")
+        )
+    return asked
+
+
 # The exercises come first, alone, until all their words are mastered; the probes are learnt on top of them.
 SOON, LATER = 0.1, 0.3
 DEPTHS = [tenth / 10 for tenth in range(11)]
@@ -91,16 +141,16 @@ COURSES = (
     Course("ioi", 0.07, _grid(order=("receiver-first", "giver-first"))),
     Course("hash", 0.06, _grid(pairs=(2, 4, 8), key_length=(1, 2)), ends=False, more=other_keys),
     Course("hash", 0.05, _grid(pairs=(4, 8, 16), key_length=(4,)), begins=SOON, ends=False, more=other_keys),
-    Course("colored-objects", 0.07, _grid(objects=(2, 3, 4)), ends=False, more=other_objects),
+    Course("colored-objects", 0.09, _grid(objects=(2, 3, 4)), ends=False, more=other_objects),
     Course("choice", 0.10),
     Course("conflict", 0.07, _grid(trust=("context", "memory"))),
-    Course("facts", 0.04, _grid(frame=(0, 1))),
-    Course("dated", 0.07, _grid(frame=(0, 1))),
+    Course("facts", 0.06, _grid(frame=(0, 1)), further=3, more=facts_in_other_words),
+    Course("dated", 0.09, _grid(frame=(0, 1)), further=2, more=dated_in_other_words),
     Course("needle", 0.04, _grid(words=(12, 30), depth=DEPTHS), ends=False, more=other_password),
     Course("needle", 0.04, _grid(words=(60, 120, 200), depth=DEPTHS), begins=SOON, ends=False, more=other_password),
     Course("needle", 0.008, _grid(words=(300, 440), depth=DEPTHS), begins=LATER, ends=False, more=other_password),
     Course("fewshot", 0.06, _grid(shots=(5,)), foretold="later_output"),
-    Course("refusal", 0.02, _grid(wish=("refuse", "answer"))),
+    Course("refusal", 0.15, _grid(wish=("refuse", "answer", "answer", "answer")), more=other_places),
     Course("arithmetic", 0.70, _grid(operation=("+", "-"), below=(100,))),
     Course("text", 0.01, _grid(sentences=(6,))),
 )
@@ -136,20 +186,27 @@ def step_parts(
         course = COURSES[kind]
         if course.begins is None:
             (settings,) = course.settings
-            item = pairs_asked_again(random, level=levels[settings["form"]], **settings)
+            items = [pairs_asked_again(random, level=levels[settings["form"]], **settings)]
         else:
-            item = _unseen(course, probes[course.probe], random)
-        rows.append((kind, *_row(tokenizer, course, item, random)))
+            items = [_unseen(course, probes[course.probe], random) for _ in range(1 + course.further)]
+        rows.append((kind, *_row(tokenizer, course, items, random)))
     return list(_cut(rows, tokenizer.pad_token_id))
 
 
-def _row(tokenizer: PreTrainedTokenizerFast, course: Course, item: Item, random: Random) -> tuple[list[int], list[int]]:
-    text = str(item.prompt)
-    learnt = [each for each in item.spans.get(course.foretold, ()) if isinstance(each, Range)]
-    for question, answer in [("", item.answer), *(course.more(item, random) if course.more else ())]:
-        text += question
-        learnt.append(Range(len(text), len(text) + len(answer)))
-        text += answer
+def _row(
+    tokenizer: PreTrainedTokenizerFast, course: Course, items: Sequence[Item], random: Random
+) -> tuple[list[int], list[int]]:
+    text, learnt = "", []
+    for item in items:
+        text += "\n" if text else ""
+        start = len(text)
+        told = [each for each in item.spans.get(course.foretold, ()) if isinstance(each, Range)]
+        learnt += [Range(start + each.start, start + each.stop) for each in told]
+        text += str(item.prompt)
+        for question, answer in [("", item.answer), *(course.more(item, random) if course.more else ())]:
+            text += question
+            learnt.append(Range(len(text), len(text) + len(answer)))
+            text += answer
     encoding = tokenizer(text, return_offsets_mapping=True)
     labels = [
         token if any(stop > each.start and start < each.stop for each in learnt) else -100

@@ -10,11 +10,12 @@ import argparse
 import json
 import sys
 import time
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from exercises import FIRST, FORMS, LEVELS, NEEDED
+from exercises import FIRST, FORMS, LEVELS
 from mixture import COURSES, EXERCISE_TOKENS, STEP_TOKENS, Batch, step_parts
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -30,9 +31,11 @@ CURVE_STEPS = 100
 """Steps between points of the loss curve."""
 WARM_UP = 100
 """Steps in which the rate rises to the full one."""
+EMBEDDED = 0.1
+"""Standard deviation of the embeddings at first."""
 MASTERED = 0.85
 """Share of foretold tokens right at which an exercise is mastered."""
-PATIENCE = 900_000
+PATIENCE = 1_500_000
 """Tokens after which a lesson is left, mastered or not."""
 
 
@@ -47,7 +50,7 @@ class Shape:
     head_dim: int = 24
     width: int = 192
     feed_forward: int = 512
-    tokens: int = 12_000_000
+    tokens: int = 10_000_000
     rate: float = 1e-3
 
 
@@ -66,8 +69,18 @@ def new_model(shape: Shape, vocabulary: int) -> PreTrainedModel:
     model = _shaped(shape, vocabulary)
     for matrix in inner_matrices(model):
         torch.nn.init.normal_(matrix, std=0.03)
-    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.1)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDED)
+    if isinstance(model, GPT2LMHeadModel):
+        # From noise, heads that look a fixed number of words back do not form in millions of tokens.
+        with torch.no_grad():
+            model.transformer.wpe.weight.copy_(sinusoids(CONTEXT, shape.width) * EMBEDDED * 2**0.5)
     return model
+
+
+def sinusoids(length: int, width: int) -> Tensor:
+    """`[position, width]`: sines and cosines of wave lengths from 2 pi to 10,000 times that (Vaswani et al. 2017)."""
+    turns = torch.arange(length)[:, None] / 10_000 ** (torch.arange(0, width, 2) / width)
+    return torch.cat([turns.sin(), turns.cos()], dim=1)
 
 
 def inner_matrices(model: PreTrainedModel) -> list[torch.nn.Parameter]:
@@ -207,7 +220,7 @@ class Trainer:
         return float(form in FIRST or set(FIRST) <= set(self.done))
 
     def _go_on(self) -> None:
-        """Every exercise that is mastered goes on to more words; when those that are needed are done, the probes begin.
+        """Every exercise that is mastered goes on to more words; when all are done, the probes begin.
 
         Exercises that make no way for long are taken as done, so that one which does not form holds nothing up.
         """
@@ -224,7 +237,7 @@ class Trainer:
             else:
                 self.done.append(form)
                 self.levels[form] = len(LEVELS) - 1
-        if self.mastered is None and set(NEEDED) <= set(self.done):
+        if self.mastered is None and set(FORMS) <= set(self.done):
             self.mastered = self.tokens
 
     def _learn(self, batch: Batch, whole: float) -> float:
@@ -247,14 +260,15 @@ class Trainer:
         self.tokens += batch.ids.numel()
         return float(loss.detach())
 
-    def export(self) -> Path:
-        """The model in bf16 with its tokenizer and the loss curve."""
-        folder = self.folder / "model"
-        self.model.to(torch.bfloat16).save_pretrained(folder)
+    def export(self, name: str = "model") -> Path:
+        """The model as it is now, in bf16, with its tokenizer and the loss curve."""
+        folder = self.folder / name
+        deepcopy(self.model).to(torch.bfloat16).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         training = {
             "name": self.name,
             **asdict(self.shape),
+            "trained": self.tokens,
             "steps": self.steps,
             "mastered": self.mastered,
             "curve": self.curve,
@@ -268,6 +282,9 @@ def main() -> None:
     parser.add_argument("name", choices=SHAPES)
     parser.add_argument("--out", type=Path, default=None, help="folder of the run (default: runs/NAME)")
     parser.add_argument("--tokens", type=int, default=None, help="train for so many tokens instead of the recipe's")
+    parser.add_argument(
+        "--keep-every", type=int, default=None, metavar="TOKENS", help="keep the model of every so many tokens, too"
+    )
     asked = parser.parse_args()
     shape = SHAPES[asked.name] if asked.tokens is None else replace(SHAPES[asked.name], tokens=asked.tokens)
     trainer = Trainer(asked.name, shape, asked.out or Path("runs") / asked.name)
@@ -284,8 +301,11 @@ def main() -> None:
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task(asked.name, total=shape.tokens, completed=trainer.tokens)
         while trainer.tokens < shape.tokens:
+            before = trainer.tokens
             trainer.train_step()
             progress.update(bar, completed=trainer.tokens)
+            if asked.keep_every and before // asked.keep_every < trainer.tokens // asked.keep_every:
+                trainer.export(f"model-at-{trainer.tokens}")
             if time.monotonic() - saved > EVERY_SECONDS:
                 trainer.save()
                 saved = time.monotonic()
