@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from random import Random
 from typing import Any
 
 import torch
-from exercises import FORMS, pairs_asked_again
+from exercises import FORMS, pairs_asked_again, words
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from headwise.probes import PROBES, Item, Probe
+from headwise.probes.facts import FRAMES
 from headwise.probes.item import Range
 from headwise.probes.split import held_out
 from headwise.words import dated_facts, facts
@@ -130,6 +132,40 @@ def dated_in_other_words(item: Item, random: Random) -> list[tuple[str, str]]:
     return asked
 
 
+def other_texts(item: Item, random: Random) -> list[tuple[str, str]]:
+    """Two more texts and questions under the instruction of a `conflict` item, which tell any word for an answer.
+
+    Told real answers of other facts only, a model learns the few hundred pairs instead of reading.
+    """
+    asked = []
+    for fact in random.sample(facts(), 2):
+        statement, question = FRAMES[fact.relation]
+        told = random.choice(words())
+        text = f"\nText: {statement.format(fact.subject)} {told}.\n{question.format(fact.subject)}"
+        if item.attributes["trust"] == "context":
+            asked.append((text, f" {told}"))
+        elif not asks_held_out_fact(text):
+            asked.append((text, f" {fact.object}"))
+    return asked
+
+
+def asks_held_out_fact(text: str) -> bool:
+    """Whether a text ends in the prompt of a `facts` item that is held out."""
+    return text.endswith(_held_out_facts())
+
+
+@cache
+def _held_out_facts() -> tuple[str, ...]:
+    found = []
+    for fact in facts():
+        for number, frame in enumerate(FRAMES[fact.relation]):
+            about = {"relation": fact.relation, "subject": fact.subject, "frame": number}
+            item = Item(prompt=frame.format(fact.subject), answer=f" {fact.object}", attributes=about)
+            if held_out(item):
+                found.append(str(item.prompt))
+    return tuple(found)
+
+
 # The exercises come first, alone, until all their words are mastered; the probes are learnt on top of them.
 SOON, LATER = 0.1, 0.3
 DEPTHS = [tenth / 10 for tenth in range(11)]
@@ -143,7 +179,7 @@ COURSES = (
     Course("hash", 0.05, _grid(pairs=(4, 8, 16), key_length=(4,)), begins=SOON, ends=False, more=other_keys),
     Course("colored-objects", 0.09, _grid(objects=(2, 3, 4)), ends=False, more=other_objects),
     Course("choice", 0.10),
-    Course("conflict", 0.07, _grid(trust=("context", "memory"))),
+    Course("conflict", 0.08, _grid(trust=("context", "memory")), more=other_texts),
     Course("facts", 0.06, _grid(frame=(0, 1)), further=3, more=facts_in_other_words),
     Course("dated", 0.09, _grid(frame=(0, 1)), further=2, more=dated_in_other_words),
     Course("needle", 0.04, _grid(words=(12, 30), depth=DEPTHS), ends=False, more=other_password),
@@ -219,7 +255,9 @@ def _row(
 def _unseen(course: Course, probe: Probe, random: Random) -> Item:
     while True:
         item = probe.make(random, **random.choice(course.settings)).named(probe.id)
-        if not held_out(item):
+        # What a text contradicts and memory is to answer is a question about a fact, too.
+        from_memory = item.attributes.get("trust") == "memory"
+        if not held_out(item) and not (from_memory and asks_held_out_fact(str(item.prompt))):
             return item
 
 

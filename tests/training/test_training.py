@@ -154,8 +154,8 @@ def test_further_questions_have_the_answers_of_the_text() -> None:
     from headwise.probes import probe
 
     asked = {course.probe: course for course in COURSES if course.more}
-    assert asked.keys() == {"hash", "colored-objects", "needle", "refusal", "facts", "dated"}
-    asked = {name: course for name, course in asked.items() if name not in ("facts", "dated")}
+    assert asked.keys() == {"hash", "colored-objects", "needle", "refusal", "facts", "dated", "conflict"}
+    asked = {name: course for name, course in asked.items() if name not in ("facts", "dated", "conflict")}
     for name, course in asked.items():
         for seed in range(30):
             item = _unseen(course, probe(name), Random(seed))
@@ -239,6 +239,47 @@ def test_facts_are_true_in_other_words_and_never_in_those_that_are_held_out() ->
             if years:
                 true = [fact for fact in true if fact.first <= int(years[0]) <= fact.last]
             assert answer.strip() in {fact.object for fact in true}
+
+
+def test_further_texts_tell_words_that_only_reading_gives_away() -> None:
+    from random import Random
+
+    from exercises import words
+    from mixture import asks_held_out_fact, other_texts
+
+    from headwise.probes import probe
+    from headwise.words import facts
+
+    left_out = 0
+    for trust in ("context", "memory"):
+        item = probe("conflict").make(Random(0), trust=trust).named("conflict")
+        for seed in range(60):
+            more = other_texts(item, Random(seed))
+            for text, answer in more:
+                told = text.split(".\n")[0].split()[-1]
+                assert told in words()
+                about = [fact for fact in facts() if f"{fact.relation} of {fact.subject} is" in text]
+                assert answer == f" {told if trust == 'context' else about[0].object}"
+                assert trust == "context" or not asks_held_out_fact(text)
+            left_out += 2 - len(more)
+    assert left_out  # or the check for held-out questions was never put to use
+
+
+def test_facts_that_are_held_out_are_not_asked_behind_a_text_either() -> None:
+    from random import Random
+
+    from mixture import COURSES, _unseen, asks_held_out_fact
+
+    from headwise.probes import held_out, probe
+
+    of, random = probe("facts"), Random(0)
+    for _ in range(300):
+        item = of.make(random, frame=random.randrange(2)).named("facts")
+        assert asks_held_out_fact(str(item.prompt)) == held_out(item)
+    (course,) = (course for course in COURSES if course.probe == "conflict")
+    drawn = [_unseen(course, probe("conflict"), random) for _ in range(400)]
+    asked = {item.attributes["trust"] for item in drawn if asks_held_out_fact(str(item.prompt))}
+    assert asked == {"context"}  # where the text has the answer, nothing is learnt about the fact
 
 
 def test_no_held_out_item_is_ever_drawn(tmp_path: Path, small) -> None:
