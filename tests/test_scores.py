@@ -7,6 +7,7 @@ import os
 import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
+from importlib import metadata
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 from scipy import stats
 
+import headwise
 from headwise.errors import InputError
 from headwise.heads import Head, HeadSet, SiteId
 from headwise.scores import HeadScores, Provenance, ScoredHead
@@ -379,3 +381,17 @@ def test_names_are_escaped_and_nothing_scored_is_said():
     assert "&lt;b&gt; · a&amp;b" in scores._repr_html_()
     assert "no scores" in scores._repr_html_()
     assert scores.heads == HeadSet()
+
+
+def test_the_version_of_headwise_is_that_of_the_code_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run from its source it is not installed, or another version of it is."""
+
+    def version(package: str) -> str:
+        if package == "headwise":
+            raise metadata.PackageNotFoundError
+        return "1.2.3"
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(headwise, "__version__", "7.0")
+    assert Provenance.versions_now()["headwise"] == "7.0"
+    assert Provenance.versions_now()["torch"] == "1.2.3"

@@ -33,6 +33,8 @@ from headwise.words import refusal_markers
 Need = Literal["logits", "generation", "embedding", "clean"]
 NEEDS: tuple[Need, ...] = get_args(Need)
 
+Better = Literal["higher", "lower"]
+
 
 @dataclass(frozen=True, slots=True)
 class Metric:
@@ -51,7 +53,7 @@ class Metric:
     id: str
     title: str
     needs: frozenset[Need]
-    better: Literal["higher", "lower"]
+    better: Better
     unit: str
     function: Callable[[Outcome, Outcome | None], Float[Tensor, " item"]]
 
@@ -67,6 +69,11 @@ class Metric:
     def wants(self) -> frozenset[Want]:
         """What must be observed of a run."""
         return frozenset(want for want in WANTS if want in self.needs)
+
+    @property
+    def sign(self) -> int:
+        """See `sign_of`."""
+        return sign_of(self.better)
 
     def __call__(self, outcome: Outcome, clean: Outcome | None = None) -> Float[Tensor, " item"]:
         """The numbers of one batch. Raises `InputError` if something that it needs was not observed."""
@@ -84,6 +91,11 @@ class Metric:
                 "its function must give one number per item"
             )
         return values
+
+
+def sign_of(better: Better) -> int:
+    """1 where a model that does well has a higher value, else -1: `(clean - edited) * sign` is what an edit costs."""
+    return 1 if better == "higher" else -1
 
 
 def metric(id: str) -> Metric:

@@ -59,9 +59,14 @@ class Provenance:
 
     @staticmethod
     def versions_now() -> dict[str, str]:
-        """Versions in this process of Python and of the installed packages that decide a score."""
-        versions = {"python": platform.python_version()}
-        for package in ("headwise", "torch", "transformers", "numpy"):
+        """Versions in this process of Python and of the packages that decide a score.
+
+        That of headwise is its own word: run from its source it is not installed, or another version is.
+        """
+        from headwise import __version__
+
+        versions = {"python": platform.python_version(), "headwise": __version__}
+        for package in ("torch", "transformers", "numpy"):
             try:
                 versions[package] = metadata.version(package)
             except metadata.PackageNotFoundError:

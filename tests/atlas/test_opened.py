@@ -39,7 +39,7 @@ def test_opened_again_it_says_the_same(finished: Atlas) -> None:
     one, other = again.evidence("repeat"), finished.evidence("repeat")
     assert one.values.tobytes() == other.values.tobytes()
     assert one.joints[0].control_values.tobytes() == other.joints[0].control_values.tobytes()
-    assert "8 heads, 1 behaviours, 2 methods, 14 of 14 cells" in repr(again)
+    assert "8 heads, 1 behaviours, 2 methods, 16 of 16 cells" in repr(again)
 
 
 def test_off_target_is_the_change_of_the_loss_on_plain_text(finished: Atlas, model: AttachedModel) -> None:

@@ -39,6 +39,8 @@ def test_the_cells_of_two_methods_on_one_probe(finished: Atlas) -> None:
         "offtarget/by-place/repeat",
         "joint/silent/repeat",
         "offtarget/silent/repeat",
+        "fresh/repeat",
+        "crossed/repeat/repeat",
         "dose/repeat",
         "examples/repeat",
     ]

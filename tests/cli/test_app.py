@@ -140,7 +140,7 @@ sys.exit(main(["bench", "sleep"]))
 """
 
 
-def test_an_interrupt_is_quiet() -> None:
+def test_an_interrupt_is_one_line() -> None:
     with subprocess.Popen([sys.executable, "-c", SLEEPER], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
@@ -149,7 +149,7 @@ def test_an_interrupt_is_quiet() -> None:
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
         assert process.wait(timeout=30) == 130
-    assert rest.strip() == ""
+    assert rest == "headwise: stopped\n"
 
 
 @pytest.mark.parametrize("form", ["", "--json"])
@@ -163,4 +163,5 @@ def test_a_reader_that_goes_away_is_no_error(form: str) -> None:
         process.stdout.close()
         err = process.stderr.read()
         assert process.wait(timeout=60) == 0, err
-    assert "error" not in err.lower()
+    # What other libraries say as they are imported is not ours.
+    assert not [line for line in err.splitlines() if line.startswith(("headwise:", "Traceback", "Exception", "Broken"))]

@@ -90,17 +90,20 @@ def test_nothing_given_is_the_default_model_with_the_default_settings(calls: Cal
         "scope": "all",
         "max_tokens": 256,
         "controls": 50,
+        "off_target": "text",
     }
 
 
 def test_every_option_is_passed_on(calls: Calls) -> None:
     options = (
-        "--probes ioi,repeat --methods induction --items 32 --mode mean --scope last --max-tokens 99 --controls 60"
+        "--probes ioi,repeat --methods induction --items 32 --mode mean --scope last --max-tokens 99 --controls 60 "
+        "--off-target repeat"
     )
     loading = "--seed 3 --device cpu --dtype float64 --revision main --attn eager --allow-pickle --trust-remote-code"
     assert main(["atlas", "gpt2", *options.split(), *loading.split()]) == 0
     asked = {
-        name: calls.asked[name] for name in ("probes", "methods", "items", "mode", "scope", "max_tokens", "controls")
+        name: calls.asked[name]
+        for name in ("probes", "methods", "items", "mode", "scope", "max_tokens", "controls", "off_target")
     }
     assert asked == {
         "probes": ["ioi", "repeat"],
@@ -110,6 +113,7 @@ def test_every_option_is_passed_on(calls: Calls) -> None:
         "scope": "last",
         "max_tokens": 99,
         "controls": 60,
+        "off_target": "repeat",
     }
     assert calls.asked["seed"] == 3
     assert calls.loaded == {
@@ -143,9 +147,18 @@ def test_a_mistake_is_one_line_and_2(calls: Calls, capsys: pytest.CaptureFixture
     assert told.err.splitlines()[-1] == "headwise: no probe 'iol'; did you mean ioi?"
 
 
-def test_an_interruption_is_130(calls: Calls) -> None:
+@pytest.mark.parametrize(("options", "folder"), [([], "atlas-organism"), (["--out", "here"], "here")])
+def test_an_interruption_is_130_and_says_that_the_atlas_can_go_on(
+    calls: Calls, capsys: pytest.CaptureFixture[str], options: list[str], folder: str
+) -> None:
     calls.error = KeyboardInterrupt()
-    assert main(["atlas"]) == 130
+    assert main(["atlas", *options]) == 130
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.splitlines() == [
+        "headwise: loading zoo:organism",
+        f"headwise: stopped; what is finished is kept in {folder}, and the same command goes on with it",
+    ]
 
 
 def test_a_report_that_the_disk_does_not_take(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:

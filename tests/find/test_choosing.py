@@ -59,6 +59,25 @@ def test_no_more_than_the_first_quarter() -> None:
     assert stand_out(scored([5.0] * 10 + [0.0] * 10)) <= 5
 
 
+def test_where_most_heads_have_no_score_a_quarter_of_all_may_be_taken() -> None:
+    """Copying: six of 32 heads copy, sixteen have no circuit at all, and the six are alike."""
+    copying = [*[1.0] * 6, *noise(10), *[np.nan] * 16]
+    assert stand_out(scored(copying)) == 6
+    assert stand_out(scored(copying[:16])) == 1  # of sixteen heads six are no few
+    assert stand_out(scored([*[1.0] * 10, *noise(10), *[np.nan] * 12])) == 1  # nor are ten of 32
+    assert stand_out(scored([*[1.0] * 6, *noise(7), *[np.nan] * 19])) == 1  # seven heads are too few to tell from
+
+
+@pytest.mark.parametrize("draw", ["standard_normal", "standard_exponential"])
+def test_heads_without_a_score_make_noise_stand_out_hardly_more_often(draw: str) -> None:
+    rng = np.random.default_rng(0)
+    further = 0
+    for _ in range(300):
+        means = getattr(rng, draw)(16)
+        further += stand_out(scored([*means, *[np.nan] * 16])) > 4
+    assert further <= 12  # 4 percent; every second time without the larger bound
+
+
 def test_few_heads() -> None:
     assert stand_out(scored([3.0])) == 1
     assert stand_out(scored([3.0, 0.0])) == 1

@@ -252,8 +252,11 @@ def test_what_was_read_from_the_told_object_is_the_context_heads(organism: Plant
     for label in organism.truth.heads("context").labels:
         assert from_told[label] == pytest.approx(whole[label], rel=0.05, abs=0.05)
         assert abs(from_end[label]) < 0.1
-    with pytest.raises(InputError, match=r"no span 'subject'; it has told, end"):
+    with pytest.raises(Refusal, match=r"has no span 'subject'; it has told, end"):
         find(METHODS[1], attached, items)
+    assert METHODS[1].spans() == ("subject",)
+    assert METHODS[1].missing(attached, items)
+    assert not METHODS[1].missing(attached, items, {"span": "told"})
 
 
 def test_what_cannot_be_served_is_refused() -> None:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 import headwise as hw
 from headwise import zoo
-from headwise.model import checks, doctor, engine, rowwork, run, seam, valuework
+from headwise.model import checks, doctor, engine, findings, rowwork, seam, valuework
 from headwise.model.attached import AttachedModel
 from headwise.model.doctor import examine
 from headwise.model.patient import Patient
 from headwise.model.plan import Placed
-from headwise.model.positions import Frame
+from headwise.model.positions import Frame, Window
 
 NO_OP, Z, WRITES, ROWS = "no-op", "z is", "sum of writes", "rows times values"
 ZERO, OTHERS, FIRES, GROUPS, GATES = "zeroing", "pattern edits", "edits fire", "KV groups", "gate gradients"
@@ -160,11 +160,13 @@ def last_token_off_under_padding(patch: Patch, attached: AttachedModel) -> None:
     patch.setattr(Frame, "prompt_end", property(lambda frame: frame.mask[:, : frame.prompt].sum(dim=1) - 1))
 
 
-def cache_thought_one_shorter(patch: Patch, attached: AttachedModel) -> None:
-    def change(cached_length: Callable[..., int]) -> Callable[..., int]:
-        return lambda cache: max(cached_length(cache) - 1, 0)
+def keys_one_too_far_under_a_cache(patch: Patch, attached: AttachedModel) -> None:
+    def shifted(window: Window, chosen: Any) -> Any:
+        seen = keys(window, chosen)
+        return seen if seen is None or not window.frame.past else seen.roll(1, 1)
 
-    _wrap(patch, run, "cached_length", change)
+    keys = Window.keys
+    patch.setattr(Window, "keys", shifted)
 
 
 def noise_when_idle(patch: Patch, attached: AttachedModel) -> None:
@@ -192,7 +194,7 @@ BROKEN: list[tuple[str, Sabotage, set[str]]] = [
     ("tiny-llama", gate_gradients_doubled, {GATES}),
     ("tiny-llama", first_token_off_under_padding, {PADDING}),
     ("tiny-llama", last_token_off_under_padding, {PADDING}),
-    ("tiny-llama", cache_thought_one_shorter, {CACHE}),
+    ("tiny-llama", keys_one_too_far_under_a_cache, {PADDING, CACHE}),
     ("tiny-llama", noise_when_idle, {NO_OP}),
 ]
 
@@ -231,6 +233,54 @@ def _stumbling(counting: Callable[..., Any]) -> Callable[..., Any]:
         raise RuntimeError("out of order\nand a long story about it")
 
     return stumble
+
+
+def test_what_is_refused_in_a_check_is_no_failure_and_says_why() -> None:
+    def refusing(patient: Patient) -> findings.Finding:
+        raise hw.Refusal("not here")
+
+    def mistaken(patient: Patient) -> findings.Finding:
+        raise hw.InputError("not so")
+
+    organism = zoo.build("tiny-llama")
+    with hw.attach(organism.model, example=organism.example) as attached:
+        patient = Patient(attached, 0)
+        assert findings.carried_out(refusing, patient) == findings.Finding("n/a", "refused: not here")
+        assert findings.carried_out(mistaken, patient) == findings.Finding("fail", "InputError: not so")
+
+
+def test_sites_that_refuse_a_read_on_the_example_are_left_out_and_the_others_examined(monkeypatch: Patch) -> None:
+    def change(read_new_keys: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def refusing(x: Tensor, listed: Any, stage: Any) -> Tensor:
+            if listed and stage.site.label == "L1":
+                raise hw.Refusal("L1: not here")
+            return read_new_keys(x, listed, stage)
+
+        return refusing
+
+    organism = zoo.build("tiny-llama")
+    with hw.attach(organism.model, example=organism.example) as attached:
+        _wrap(monkeypatch, valuework, "read_new_keys", change)
+        patient = Patient(attached, 0)
+        labels = [site.label for site in attached.sites]
+        assert [site.label for site in patient.sites("v")] == [label for label in labels if label != "L1"]
+        assert patient.sites("rows") == list(attached.sites)
+        assert patient.why_not("v") == "L1: not here"
+        found = {check.name: check for check in examine(attached).checks}
+    rebuilt = found["rows times values are the kernel's z"]
+    assert rebuilt.status == "pass"
+    assert rebuilt.detail.startswith(f"{len(labels) - 1} of {len(labels)} sites")
+
+
+def test_attention_that_is_equal_already_is_no_edit_that_did_nothing() -> None:
+    """Values all alike, as those of the first frames of a video may be: their mean is what each head has."""
+    organism = zoo.build("tiny-llama")
+    for layer in organism.model.model.layers:
+        layer.self_attn.v_proj.weight.data.zero_()
+    with hw.attach(organism.model, example=organism.example) as attached:
+        found = next(check for check in examine(attached).checks if check.name.startswith(OTHERS))
+    assert found.status == "n/a"
+    assert "the mean of the values as it is" in found.detail
 
 
 def test_an_interrupt_is_not_a_finding(monkeypatch: Patch) -> None:

@@ -267,7 +267,7 @@ WHILE_RUNNING: dict[str, tuple[str, Callable[[], Any], str]] = {
     "a function's shape": ("llama", lambda: e.set("L1H0", lambda z, here: z[:, :3]), r"L1: the value has shape \[2, 3"),
     "a pattern's shape": ("llama", lambda: e.rewrite("L1H0", lambda p, here: p[..., :4]), r"L1: the value has shape"),
     "a span that was not given": ("llama", lambda: e.zero("L1H0", scope="span:a"), "'span:a': no such span was given"),
-    "patches as columns": ("clip", lambda: e.block("vision.L0H0", keys=[1]), "key columns cannot be told at vision.L0"),
+    "patches in pieces": ("qwen2_vl", lambda: e.block("vision.L0H0", keys=[1]), "columns cannot be told at vision.L0"),
 }
 
 

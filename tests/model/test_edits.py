@@ -365,6 +365,31 @@ def test_a_scaled_score_is_an_inverse_temperature(kind: str) -> None:
     agree(ours, Oracle(weights=at(1, HEADS, colder)).run(place), clean(place))
 
 
+# -- donors ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_donor_of_a_tower_that_attends_in_pieces_is_put_in_piece_by_piece() -> None:
+    """Qwen2-VL's vision tower calls its kernel once per picture."""
+    organism = zoo.build("tiny-qwen2_vl")
+    other = {**organism.example, "pixel_values": -organism.example["pixel_values"]}
+    model = OPEN.enter_context(hw.attach(organism.model, organism.tokenizer, example=organism.example))
+    assert model.site("vision.L1").chunked
+    with torch.no_grad():
+        with model.reading(hw.read.z("vision.L1")) as donor:
+            model(**other)
+        held = donor.z["vision.L1"].clone()
+        with (
+            model.editing(hw.edit.patch("vision.L1H0", donor.z)),
+            model.reading(hw.read.z("vision.L1", name="now")) as got,
+        ):
+            patched = model(**organism.example).logits
+        plain = model(**organism.example).logits
+    now = got.now["vision.L1"]
+    assert torch.equal(now[:, :, 0], held[:, :, 0])
+    assert not torch.equal(now[:, :, 1], held[:, :, 1])
+    assert not torch.equal(patched, plain)
+
+
 # -- precision ---------------------------------------------------------------------------------------------------------
 
 

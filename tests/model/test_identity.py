@@ -50,5 +50,5 @@ def test_saving_and_loading_keeps_it(dtype: torch.dtype, tmp_path: Path) -> None
 
 
 def test_weights_that_are_elsewhere_are_refused() -> None:
-    with pytest.raises(hw.Refusal, match="not in memory"):
+    with pytest.raises(hw.Refusal, match="on the meta device"):
         weights_hash(nn.Linear(2, 2, device="meta"))

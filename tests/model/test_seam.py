@@ -186,19 +186,20 @@ def test_the_with_block_detaches_when_an_exception_passes(llama: Organism) -> No
     attached.detach()  # a second time does no harm
 
 
-@pytest.mark.parametrize("fault", ["outside the registry", "bad example", "not a mapping"])
+@pytest.mark.parametrize("fault", ["no attention", "bad example", "not a mapping"])
 def test_an_attach_that_fails_leaves_nothing(fault: str) -> None:
-    organism = zoo.build("tiny-bloom" if fault == "outside the registry" else "tiny-llama")
+    organism = zoo.build("tiny-llama")
+    model = nn.Sequential(nn.Linear(3, 3)) if fault == "no attention" else organism.model
     example: Any = {
-        "outside the registry": organism.example,
+        "no attention": {"input": torch.zeros(2, 3)},
         "bad example": {"input_ids": torch.tensor([[10**6]])},
         "not a mapping": organism.example["input_ids"],
     }[fault]
     with pytest.raises(hw.HeadwiseError) as caught:
-        hw.attach(organism.model, example=example)
+        hw.attach(model, example=example)
     assert "\n" not in str(caught.value)
     assert look_up() == UNTOUCHED
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in organism.model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 # -- untouched --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from functools import cache
 import pytest
 import torch
 from torch import Tensor
+from transformers import T5Model
 
 import headwise as hw
 from headwise.errors import InputError, Refusal
@@ -132,6 +133,25 @@ def test_a_reference_set_holds_the_tokens_and_no_padding() -> None:
     torch.testing.assert_close(reference.values[site][: len(alone)], alone.values[site], rtol=0, atol=1e-9)
     with pytest.raises(InputError, match="needs items"):
         reference_of(model, ItemSet("none", (), {}, "cross-entropy", 0))
+
+
+def test_an_encoder_decoder_without_a_head_for_words_has_a_reference_set() -> None:
+    """Of T5's bare model only the embedding can be told; in its decoder stands the start token alone."""
+    whole = hw.load("zoo:tiny-t5")
+    bare = T5Model(whole.model.config)
+    bare.load_state_dict(whole.model.state_dict(), strict=False)
+    items = encode(probe("ioi"), whole.tokenizer, n=3)
+    with hw.attach(bare.eval(), whole.tokenizer, name="bare") as model:
+        reference = reference_of(model, items)
+        encoder = next(site.id for site in model.sites if site.id.stack == "encoder")
+        decoder = next(site.id for site in model.sites if site.id.stack == "main")
+        assert len(reference.values[decoder]) == len(items)
+        expected = reference_of(whole, items).values[encoder]
+        torch.testing.assert_close(reference.values[encoder], expected, rtol=0, atol=1e-5)
+        sets = [HeadSet(), HeadSet(model.heads("encoder").heads)]
+        clean, without = measure_sets(model, items, sets, KnockOut("mean", "all", reference), "cosine-to-clean")
+    assert (clean > 1 - 1e-5).all()
+    assert (without < 1 - 1e-6).all()
 
 
 def test_an_unknown_mode_and_a_mode_without_its_reference_are_errors() -> None:

@@ -16,14 +16,8 @@ from headwise.heads import HeadSet
 from headwise.model.attached import AttachedModel
 from headwise.probes import ItemSet
 from headwise.sweep import Controls, KnockOut, measure_sets
-from headwise.verify.dissociation import (
-    Contrast,
-    CrossedSet,
-    dissociation,
-    fresh_items,
-    heads_behind,
-    measure_crossed,
-)
+from headwise.verify.crossing import CrossedSet, fresh_again, fresh_items, heads_behind, measure_crossed
+from headwise.verify.dissociation import Contrast, dissociation, together
 from headwise.verify.evidence import Evidence, Family
 from headwise.verify.gathering import Ground, ground
 from headwise.verify.specialisation import specialisation
@@ -361,7 +355,7 @@ def test_fresh_items_that_a_model_gets_wrong_are_passed_over(monkeypatch: pytest
         right = [each.item.attributes["frame"] == 0 for each in given]
         return replace(found, items=given.only(right, "wrong"), solved=sum(right) / len(right))
 
-    monkeypatch.setattr("headwise.verify.dissociation.ground", ground_of_half)
+    monkeypatch.setattr("headwise.verify.crossing.ground", ground_of_half)
     half = fresh_items(attached, of, 8, finding=())
     assert len(half) == 8
     assert {each.item.attributes["frame"] for each in half} == {0}
@@ -392,6 +386,70 @@ def test_items_that_verified_heads_cannot_test_them() -> None:
         measure_crossed(
             attached, "second", heads, {"first": fresh("ioi"), "second": one}, {"first": of, "second": other}
         )
+
+
+def test_items_that_found_heads_cannot_test_them() -> None:
+    """The evidence names them; `fresh_items` passes over them by itself."""
+    organism, attached = model()
+    heads, used = organism.truth.with_effect("ioi", "total"), fresh("ioi").ids[:3]
+    of = replace(planted_evidence("ioi"), finding_ids=used)
+    with pytest.raises(InputError, match=r"3 of the .* items given for ioi are among those its heads were found with"):
+        measure_crossed(attached, "ioi", heads, {"ioi": fresh("ioi")}, {"ioi": of})
+    free = fresh_items(attached, planted_evidence("ioi"), 8)
+    assert not set(fresh_items(attached, replace(of, finding_ids=free.ids[:3]), 8).ids) & set(free.ids[:3])
+
+
+def test_fresh_items_come_again_by_their_ids() -> None:
+    attached, of = model()[1], planted_evidence("ioi")
+    first = fresh_items(attached, of, 8, seed=3)
+    drawn = fresh_items(attached, replace(of, finding_ids=first.ids[:5]), 8, seed=3)
+    again = fresh_again(attached, hw.probe("ioi"), drawn.ids, seed=3)
+    assert again.ids == drawn.ids
+    assert [each.prompt for each in again] == [each.prompt for each in drawn]
+
+
+def test_the_heads_behind_a_behaviour_together_in_closed_form() -> None:
+    """Reach 10; losses of 2, 4, 6 and 8 on the items, and control sets that cost 0.1 k on all of them."""
+    of = evidence("a", {}, VERIFIED_ON)
+    losses, controls = np.array([2.0, 4.0, 6.0, 8.0]), np.repeat(0.1 * np.arange(20)[:, None], 4, axis=1)
+    found = together(crossed("a", {"a": losses}, {"a": controls}), of)
+    assert found.share.value == pytest.approx(0.5)
+    half = stats.t.ppf(0.975, 3) * losses.std(ddof=1) / 10 / 2
+    assert (found.share.low, found.share.high) == pytest.approx((0.5 - half, 0.5 + half))
+    np.testing.assert_allclose(found.controls, 0.01 * np.arange(20), atol=1e-12)
+    assert found.ceiling == pytest.approx(np.quantile(0.01 * np.arange(20), 0.95))
+    assert (found.p, found.n_items, found.holds) == (pytest.approx(1 / 21), 4, True)
+    above = together(crossed("a", {"a": losses}, {"a": controls + 4.5}), of)
+    assert above.p == pytest.approx(16 / 21)
+    assert not above.holds  # the control sets cost as much
+    uneven = together(crossed("a", {"a": np.array([0.0, 0.0, 0.0, 20.0])}, {"a": controls}), of)
+    assert not uneven.holds  # one item alone
+
+
+def test_the_heads_together_where_lower_is_better() -> None:
+    of = evidence("a", {}, VERIFIED_ON, chance=20.0, better="lower")
+    worse = crossed("a", {"a": np.full(8, -5.0)}, {"a": np.zeros((20, 8))})  # the metric rises from 10 to 15 of 20
+    assert together(worse, of).share.value == pytest.approx(0.5)
+
+
+def test_the_heads_together_need_fresh_items_of_their_own_behaviour() -> None:
+    of, controls = evidence("a", {}, VERIFIED_ON), np.zeros((20, 4))
+    tried = crossed("a", {"a": np.ones(4)}, {"a": controls})
+    with pytest.raises(InputError, match="not tried on its own items"):
+        together(crossed("a", {"b": np.ones(4)}, {"b": controls}), of)
+    with pytest.raises(InputError, match="1 of the 4 items given for a are among those its heads were found with"):
+        together(tried, replace(of, finding_ids=tried.item_ids["a"][:1]))
+
+
+def test_pairs_that_were_not_tried_on_each_other_are_no_pairs() -> None:
+    families = {name: evidence(name, {}, VERIFIED_ON) for name in "ab"}
+    verdicts = [(each, verdict(each)) for each in families.values()]
+    controls = {"a": noise(1, 20, 32), "b": noise(2, 20, 32)}
+    first = crossed("a", {"a": 8 + noise(3, 32), "b": 1 + noise(4, 32)}, controls)
+    second = crossed("b", {"b": 8 + noise(6, 32)}, {"b": controls["b"]})
+    assert specialisation(verdicts, [first, second]).pairs == ()
+    whole = crossed("b", {"a": 1 + noise(5, 32), "b": 8 + noise(6, 32)}, controls)
+    assert len(specialisation(verdicts, [first, whole]).pairs) == 1
 
 
 def test_what_cannot_be_crossed_is_refused() -> None:

@@ -50,6 +50,14 @@ def test_three_tasks_take_the_mean_of_the_others() -> None:
     assert dissociation_scores(performance, np.ones(3))[0] == pytest.approx(40)
 
 
+def test_behaviours_that_were_not_measured_are_left_out_of_the_mean() -> None:
+    nan = float("nan")
+    performance = np.array([[0.5, 0.8, nan], [0.9, 0.4, nan], [1.0, 0.6, 0.3]])
+    np.testing.assert_allclose(dissociation_scores(performance, np.ones(3)), [30, 50, 50])
+    alone = dissociation_scores(np.array([[0.5, nan], [0.9, 0.4]]), np.ones(2))
+    np.testing.assert_allclose(alone, [nan, 50])
+
+
 def test_d_of_a_single_task_or_of_an_unsolved_one_is_refused() -> None:
     with pytest.raises(InputError, match="two behaviours"):
         dissociation_scores(np.ones((1, 1)), np.ones(1))

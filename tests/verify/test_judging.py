@@ -52,6 +52,18 @@ def test_a_metric_that_is_better_low_turns_the_sign(evidence: Made) -> None:
     assert judge(replace(up, clean=-up.clean, values=-up.values)).refusal
 
 
+def test_where_lower_is_better_the_bound_on_small_effects_is_above_zero(evidence: Made) -> None:
+    """Noise heads above all that are left as controls would pass a bound that has the wrong sign."""
+    ladder = {f"L{i // 8}H{i % 8}": 0.4 * 0.55**i for i in range(10)}
+    up = evidence(ladder, noise=1e-4)
+    down = replace(up, better="lower", clean=-up.clean, values=-up.values)
+    found = judge(down)
+    assert found.smallest == pytest.approx(0.05 * up.clean.mean())
+    assert not found.verified
+    assert {each.ruling for each in found.singles} == {"not verified"}
+    assert len(judge(down, smallest=0.0).verified) >= 3
+
+
 def test_controls_step_down_so_that_heads_do_not_hide_one_another(evidence: Made) -> None:
     """Four of 32 heads make the 95th percentile their own: in the first round only the largest can pass."""
     found = judge(evidence(REAL))
@@ -251,8 +263,8 @@ def test_a_model_without_answers_is_not_asked_how_many_it_has_right(evidence: Ma
 
 
 def test_an_embedding_is_its_own_clean_one_on_every_item() -> None:
-    assert not why_refused(np.ones(20), 0.0, "higher", math.nan)
-    assert why_refused(np.array([math.nan] * 20), 0.0, "higher", math.nan)
+    assert not why_refused(np.ones(20), 0.0, 1, math.nan)
+    assert why_refused(np.array([math.nan] * 20), 0.0, 1, math.nan)
 
 
 def test_refused_evidence_without_numbers_is_judged_without_a_warning(evidence: Made) -> None:

@@ -61,6 +61,23 @@ def test_an_effect_on_few_items_is_worth_less_and_by_welch() -> None:
     assert studentised_p(drops, controls) == pytest.approx(stats.t.sf(29 / math.sqrt(total), freedom), rel=1e-9)
 
 
+@pytest.mark.parametrize("hard", [0.0, 100.0], ids=["items-alike", "some-items-hard-for-every-set"])
+@pytest.mark.parametrize(("own", "beyond"), [(50.0, 50.0**2 - 30.0**2), (20.0, 0.0)], ids=["noisier", "quieter"])
+def test_item_noise_enters_once(own: float, beyond: float, hard: float) -> None:
+    """Item noise of 30 in every control set is in their spread already: only what the tested set has beyond it counts,
+    and what an item does to all of them is none."""
+    waver = np.tile([1.0, -1.0], 16)  # variance 32 / 31 over 32 items
+    common = hard * np.tile([1.0, 1.0, -1.0, -1.0], 8)
+    noise = np.array([30.0, -30.0] * 10 + [0.0])  # its mean over the sets is 0, the median of its squares 30^2
+    controls = flat([float(k) for k in range(1, 22)]) + noise[:, None] * waver + common
+    among_sets = (5 / stats.norm.ppf(0.75)) ** 2 * (1 + math.pi / 2 / 21)
+    among_items = beyond / 31
+    total = among_sets + among_items
+    freedom = total**2 / (among_sets**2 / 3 + among_items**2 / 31)
+    expected = stats.t.sf(29 / math.sqrt(total), freedom)
+    assert studentised_p(40 + own * waver + common, controls) == pytest.approx(expected, rel=1e-9)
+
+
 def test_what_the_items_do_to_every_set_alike_is_no_noise() -> None:
     """Paired: items that are hard for all sets change nothing."""
     rng = np.random.default_rng(0)

@@ -14,8 +14,6 @@ from headwise.benches import organism as bench
 from headwise.zoo.organism import CHECKPOINT
 
 FIGURES = json.loads((CHECKPOINT / "figures.json").read_text())
-LACKING = {"colored-objects.accuracy", "facts.accuracy", "refusal.accuracy", "dated.accuracy"}
-"""Below 95 percent; the card says how far."""
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +50,12 @@ def test_it_answers_as_its_card_says(model, behaviour: str) -> None:
 
 @pytest.mark.parametrize(("words", "depth"), [(40, 0.0), (200, 0.5), (400, 1.0)])
 def test_it_finds_needles(model, words: int, depth: float) -> None:
-    assert bench._share(model, hw.probe("needle").over(words=words, depth=depth), 12, seed=1) >= 0.9
+    assert bench._share(model, hw.probe("needle").over(words=words, depth=depth), 60, seed=1) > 0.9
 
 
-def test_what_is_below_95_percent_is_known() -> None:
-    found = {name for name, share in FIGURES.items() if name.endswith(".accuracy") and share < 0.95}
-    assert found == LACKING
+def test_every_behaviour_is_at_least_95_percent_right() -> None:
+    assert {name: share for name, share in FIGURES.items() if name.endswith(".accuracy") and share < 0.95} == {}
+    assert FIGURES["needle.worst"] >= 0.949  # of 20 items in each cell of length and depth
 
 
 def test_the_card_has_the_figures() -> None:

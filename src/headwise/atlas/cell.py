@@ -10,8 +10,10 @@ import numpy as np
 
 from headwise.errors import InputError
 
-Kind = Literal["clean", "find", "map", "joint", "offtarget", "dose", "examples"]
+Kind = Literal["clean", "find", "map", "joint", "offtarget", "fresh", "crossed", "masked", "dose", "examples"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+PAIRED: tuple[Kind, ...] = ("fresh", "crossed", "masked")
+"""Those of several behaviours together; see `headwise.atlas.pairing`."""
 
 _PARTS: dict[str, tuple[str, ...]] = {
     "clean": ("probe",),
@@ -19,6 +21,9 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "map": ("probe", "site"),
     "joint": ("method", "probe"),
     "offtarget": ("method", "probe"),
+    "fresh": ("probe",),
+    "crossed": ("heads_of", "probe"),
+    "masked": ("probe",),
     "dose": ("probe",),
     "examples": ("probe",),
 }
@@ -34,6 +39,12 @@ class Cell:
     - `joint/METHOD/PROBE`: the same with the best heads of a method out together, and with each control set out; where
       another method named the same heads, only the name of the joint cell that measured them;
     - `offtarget/METHOD/PROBE`: the off-target metric with these heads out;
+    - `fresh/PROBE`: the heads that a behaviour rests on, their control sets, and items that neither found nor tested a
+      head;
+    - `crossed/HEADS_OF/PROBE`: the metric of the fresh items of one behaviour with the heads of another out (or of the
+      same), and with each of their control sets out;
+    - `masked/PROBE`: the accuracy on every behaviour with the heads out that are most important for one by their gate
+      gradient, and on this one with random heads out;
     - `dose/PROBE`: the metric with the probe's heads partly out, one more at a time, and with all others out;
     - `examples/PROBE`: a few items as tokens, and where the probe's heads look.
     """
@@ -42,6 +53,7 @@ class Cell:
     probe: str
     method: str = ""
     site: str = ""
+    heads_of: str = ""
 
     @property
     def id(self) -> str:

@@ -22,6 +22,9 @@ CELL_SCHEMA = 1
 """Of the cells: what is measured in each kind, and under which names it is stored."""
 FORMAT = "headwise.atlas"
 
+FEWEST_FRESH = 8
+"""Items on which pairs of behaviours are tried, at least."""
+
 FEWEST_ITEMS = 16
 """Of a probe: with half of them to test on, the fewest that a verdict is given for."""
 
@@ -54,6 +57,14 @@ class Settings:
     doses: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     examples: int = 3
     off_target: str = "text"
+
+    @property
+    def fresh(self) -> int:
+        """Items of each behaviour on which the heads of all are tried: an eighth as many, at least `FEWEST_FRESH`.
+
+        The work grows with the square of the number of behaviours, so it is kept to few items.
+        """
+        return max(FEWEST_FRESH, self.items // 8)
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

@@ -56,11 +56,11 @@ class Measuring:
         """Of the off-target probe, too: there nothing is refused and no item is dropped."""
         halves = self.plan.items[cell.probe]
         if cell.probe == self.plan.manifest.off_target:
-            values = measure_sets(self.model, halves.testing, [HeadSet()], self._knock_out(cell.probe))[0].numpy()
+            values = measure_sets(self.model, halves.testing, [HeadSet()], self.knock_out_of(cell.probe))[0].numpy()
             chosen = metric(halves.testing.metric)
             named = {"metric": chosen.id, "unit": chosen.unit, "better": chosen.better, "item_ids": halves.testing.ids}
             return Result({**named, "chance": None, "solved": None}, {"clean": values})
-        found = ground(self.model, halves.testing, self._knock_out(cell.probe), seed=self.plan.manifest.settings.seed)
+        found = ground(self.model, halves.testing, self.knock_out_of(cell.probe), seed=self.plan.manifest.settings.seed)
         about: dict[str, Any] = {
             "metric": found.metric.id,
             "unit": found.metric.unit,
@@ -74,8 +74,8 @@ class Measuring:
     def _find(self, cell: Cell) -> Result:
         """On a probe that the model does not solve only the methods that are at home there: they describe patterns."""
         method = self.plan.methods[cell.method]
-        if cell.probe not in (method.probe, self.plan.manifest.off_target) and self._ground(cell.probe) is None:
-            return self._unsolved(cell)
+        if cell.probe not in (method.probe, self.plan.manifest.off_target) and self.ground_of(cell.probe) is None:
+            return self.unsolved(cell)
         scores = find(method, self.model, self.plan.items[cell.probe].finding)
         if not scores.heads:
             return Result(refused=f"{cell.method} gives no head a score on any of these items")
@@ -87,19 +87,19 @@ class Measuring:
         if cell.probe == self.plan.manifest.off_target:
             testing = self.plan.items[cell.probe].testing
             alone = [HeadSet((head,)) for head in heads.heads]
-            values = measure_sets(self.model, testing, alone, self._knock_out(cell.probe)).numpy()
+            values = measure_sets(self.model, testing, alone, self.knock_out_of(cell.probe)).numpy()
             return Result({"heads": heads.labels}, {"values": values})
-        found = self._ground(cell.probe)
+        found = self.ground_of(cell.probe)
         if found is None:
-            return self._unsolved(cell)
+            return self.unsolved(cell)
         return Result({"heads": heads.labels}, {"values": map_of(self.model, found, heads)})
 
     def _joint(self, cell: Cell) -> Result:
         """One head alone needs no control sets of its own: it is a claim of the map. A set that an earlier joint cell
         of the probe holds is one claim with it, and is not measured again."""
-        found, chosen = self._ground(cell.probe), self.store.read(_find_of(cell))
+        found, chosen = self.ground_of(cell.probe), self.store.read(_find_of(cell))
         if found is None:
-            return self._unsolved(cell)
+            return self.unsolved(cell)
         if chosen.refused:
             return Result(refused=chosen.refused)
         heads = HeadSet.parse(chosen.about["top"])
@@ -128,21 +128,21 @@ class Measuring:
 
     def _offtarget(self, cell: Cell) -> Result:
         off_target = self.plan.manifest.off_target
-        if self._ground(cell.probe) is None:
-            return self._unsolved(cell)
+        if self.ground_of(cell.probe) is None:
+            return self.unsolved(cell)
         chosen = self.store.read(_find_of(cell))
         if chosen.refused:
             return Result(refused=chosen.refused)
         heads = HeadSet.parse(chosen.about["top"])
         testing = self.plan.items[off_target].testing
-        values = measure_sets(self.model, testing, [heads], self._knock_out(cell.probe)).numpy()
+        values = measure_sets(self.model, testing, [heads], self.knock_out_of(cell.probe)).numpy()
         return Result({"heads": heads.labels, "probe": off_target}, {"values": values[0]})
 
     def _dose(self, cell: Cell) -> Result:
         """Of the set of heads that costs most together; grown by the effect of each head alone."""
-        found = self._ground(cell.probe)
+        found = self.ground_of(cell.probe)
         if found is None:
-            return self._unsolved(cell)
+            return self.unsolved(cell)
         settings = self.plan.manifest.settings
         effects = self._effects(cell.probe, found)
         if isinstance(effects, str):
@@ -170,9 +170,9 @@ class Measuring:
 
     def _examples(self, cell: Cell) -> Result:
         """Where the heads with the largest effect look from the place at which the answer is predicted."""
-        found = self._ground(cell.probe)
+        found = self.ground_of(cell.probe)
         if found is None:
-            return self._unsolved(cell)
+            return self.unsolved(cell)
         effects = self._effects(cell.probe, found)
         if isinstance(effects, str):
             return Result(refused=effects)
@@ -181,15 +181,17 @@ class Measuring:
         for number, each in enumerate(found.items.items[: self.plan.manifest.settings.examples]):
             tokens, weights = self._pattern(each, found, heads)
             arrays[f"weights_{number}"] = weights
-            shown.append({"item": each.id, "answer": each.item.answer, "tokens": tokens})
+            answer = "" if "embedding" in found.metric.wants else each.item.answer  # which is not asked for there
+            shown.append({"item": each.id, "answer": answer, "tokens": tokens})
         return Result({"heads": heads.labels, "items": shown}, arrays)
 
     # -- what they share --------------------------------------------------------------------------------------------
 
-    def _unsolved(self, cell: Cell) -> Result:
+    def unsolved(self, cell: Cell) -> Result:
+        """What every cell of a behaviour is that the model does not solve."""
         return Result(refused=self.store.read(Cell(kind="clean", probe=cell.probe)).refused)
 
-    def _ground(self, probe: str) -> Ground | None:
+    def ground_of(self, probe: str) -> Ground | None:
         """The clean run as it is stored; None where the model does not solve the probe."""
         stored = self.store.read(Cell(kind="clean", probe=probe))
         if stored.refused:
@@ -202,13 +204,13 @@ class Measuring:
             family=Family(probe, stored.about["metric"], settings.mode, settings.scope),
             items=testing.only([each.id in kept for each in testing], "the model gets it wrong"),
             metric=metric(stored.about["metric"]),
-            knock_out=self._knock_out(probe),
+            knock_out=self.knock_out_of(probe),
             clean=stored.arrays["clean"],
             chance=stored.about["chance"],
             solved=float("nan") if solved is None else solved,
         )
 
-    def _knock_out(self, probe: str) -> KnockOut:
+    def knock_out_of(self, probe: str) -> KnockOut:
         settings = self.plan.manifest.settings
         if settings.mode not in ("mean", "resample"):
             return KnockOut(settings.mode, settings.scope)
@@ -238,17 +240,16 @@ class Measuring:
             stored = self.store.read(Cell(kind="map", probe=probe, site=site))
             if stored.refused:
                 return stored.refused
-            drops = (found.clean - stored.arrays["values"]) * (1 if found.metric.better == "higher" else -1)
+            drops = (found.clean - stored.arrays["values"]) * found.metric.sign
             effects.update(zip(map(Head.parse, stored.about["heads"]), drops.mean(axis=1).tolist(), strict=True))
         return effects
 
     def _costliest(self, probe: str, found: Ground, effects: Mapping[Head, float]) -> tuple[str, HeadSet]:
-        sign = 1 if found.metric.better == "higher" else -1
         best = max(effects, key=lambda head: (effects[head], head))
         candidates = [(effects[best], "map", HeadSet((best,)))]
         cells = [each for each in self.plan.cells if each.probe == probe]
         for joint in joints_of(self.store, cells):
-            drop = float((found.clean - joint.values).mean()) * sign
+            drop = float((found.clean - joint.values).mean()) * found.metric.sign
             candidates.append((drop, joint.name, joint.heads))
         _, name, heads = max(candidates, key=lambda each: each[0])
         return name, heads

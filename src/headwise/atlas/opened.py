@@ -13,6 +13,7 @@ import pandas
 from jaxtyping import Float
 
 from headwise.atlas.cell import Cell, Result
+from headwise.atlas.crossed import crossed_of, masked_of
 from headwise.atlas.manifest import FORMAT_VERSION, Manifest
 from headwise.atlas.measuring import joints_of, scores_of
 from headwise.atlas.store import Store
@@ -20,8 +21,12 @@ from headwise.errors import InputError
 from headwise.heads import Head, HeadSet
 from headwise.metrics import metric
 from headwise.scores import HeadScores
+from headwise.verify.crossing import CrossedSet
+from headwise.verify.dissociation import Together, together
 from headwise.verify.evidence import Evidence, Family, Values
+from headwise.verify.functional_dissociation import FunctionalDissociation
 from headwise.verify.judging import judge
+from headwise.verify.specialisation import Specialisation, specialisation
 from headwise.verify.verdict import FamilyVerdict
 
 if TYPE_CHECKING:
@@ -34,7 +39,7 @@ class Example:
 
     Attributes:
         tokens: of the prompt, as text.
-        answer: what comes next.
+        answer: what comes next; empty where nothing is asked for (encoders).
         heads: those with the largest effect on the probe, in canonical order.
         weights: of each head on each token; of an encoder the mean over all queries.
     """
@@ -150,6 +155,9 @@ class Atlas:
             chosen_by = f"find/{cell.method}/{cell.probe}"
             if cell.kind == "clean" or cell.probe in reasons or chosen_by in reasons or not self.store.has(cell):
                 continue
+            of, on = cell.heads_of, cell.probe
+            if cell.kind == "crossed" and reasons.keys() & {of, f"fresh/{of}", f"fresh/{on}"}:
+                continue
             if reason := self.store.read(cell).refused:
                 reasons[cell.id] = reason
         return reasons
@@ -200,6 +208,7 @@ class Atlas:
             heads=heads,
             values=values,
             joints=joints,
+            finding_ids=self.manifest.probe(probe).finding,
         )
 
     def families(self) -> list[tuple[Evidence, FamilyVerdict]]:
@@ -235,6 +244,28 @@ class Atlas:
                     methods = [method for method, heads in choices.items() if each.head in heads] or ["knock-out"]
                     found += [VerifiedHead(each.head, method, probe, each.effect, each.q) for method in methods]
         return tuple(found)
+
+    # -- several behaviours together ---------------------------------------------------------------------------------
+
+    def crossed(self) -> list[CrossedSet]:
+        """The heads behind each behaviour out on fresh items of the others, as far as that is measured."""
+        return crossed_of(self.store, self.cells)
+
+    def together(self) -> dict[str, Together]:
+        """By behaviour: the heads behind it out together, on fresh items of it, as far as that is measured."""
+        tried = (each for each in self.crossed() if each.behaviour in each.values)
+        return {each.behaviour: together(each, self.evidence(each.behaviour)) for each in tried}
+
+    def functional_dissociation(self) -> tuple[FunctionalDissociation, ...]:
+        """The dissociation score of Li et al. 2023 at 20, 30 and 40 percent of the heads; empty for one behaviour."""
+        return masked_of(self.store, self.cells)
+
+    def specialisation(self) -> Specialisation:
+        """Every head on every behaviour, and pairs of behaviours that rest on different heads.
+
+        Raises `InputError` where no behaviour has a verdict yet.
+        """
+        return specialisation(self.families(), self.crossed())
 
     # -- beside the verdicts ----------------------------------------------------------------------------------------
 
@@ -365,8 +396,7 @@ class Atlas:
 
 
 def _change(clean: Result, values: Values) -> dict[str, object]:
-    worse = -1 if clean.about["better"] == "higher" else 1
-    change = (values - clean.arrays["clean"]) * worse
+    change = (clean.arrays["clean"] - values) * metric(clean.about["metric"]).sign
     n = len(change)
     half = 1.96 * float(change.std(ddof=1)) / n**0.5 if n > 1 else float("nan")
     mean = float(change.mean())

@@ -6,7 +6,7 @@ Everything is settled here, before the first cell, so that a run that was stoppe
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,10 +19,12 @@ from headwise.find.method import Method
 from headwise.find.search import method as method_named
 from headwise.metrics import measure
 from headwise.model.attached import AttachedModel
-from headwise.model.example import can_generate
 from headwise.probes import probe as probe_named
 from headwise.probes.encoding import ItemSet, encode
 from headwise.probes.stream import Probe
+from headwise.sweep.knockout import continues
+from headwise.verify.crossing import CONTROLS
+from headwise.verify.functional_dissociation import ALPHAS, DRAWS
 
 BY_REQUEST = ("knock-out",)
 """Methods that are run only where they are named: the map knocks out every head already, on the held-out items."""
@@ -30,6 +32,9 @@ BY_REQUEST = ("knock-out",)
 OF_THE_ANSWER = frozenset({"answer", "foils", "twin", "logits", "gradients", "generation"})
 """A method that needs one of these speaks about the behaviour itself, so its heads are tested on every probe it fits.
 Methods of the pattern alone are scored on every probe and tested on their own."""
+
+MOST_CROSSED = 16
+"""Behaviours of which every pair is tried: the work grows with their square."""
 
 FEWEST_SENTENCES = 2
 """Of the off-target text, where it has to be shortened."""
@@ -48,12 +53,13 @@ class Halves:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A manifest, the items that it names, and how long a token takes on each probe, in seconds.
+    """A manifest, the probes and the items that it names, and how long a token takes on each probe, in seconds.
 
     `shortened` says of a probe that had to be shortened how, in words.
     """
 
     manifest: Manifest
+    probes: Mapping[str, Probe]
     items: Mapping[str, Halves]
     methods: Mapping[str, Method]
     pace: Mapping[str, float]
@@ -73,11 +79,15 @@ class Plan:
         finding, testing = _tokens(halves.finding), _tokens(halves.testing)
         if cell.kind == "map":
             return self.manifest.model.sites[cell.site] * testing
+        fresh = settings.fresh * testing // max(len(halves.testing), 1)
         return {
             "clean": 2 * testing,
             "find": 3 * finding,
             "joint": (1 + settings.controls) * testing,
             "offtarget": _tokens(self.items[settings.off_target].testing) if cell.kind == "offtarget" else 0,
+            "fresh": 3 * fresh,
+            "masked": 3 * finding + (len(ALPHAS) * (len(self.items) + DRAWS) + 1) * fresh,
+            "crossed": (2 + min(CONTROLS, settings.controls)) * fresh,
             "dose": (len(settings.doses) + len(GROWING) + 1) * testing,
             "examples": settings.examples * testing // max(len(halves.testing), 1),
         }[cell.kind]
@@ -93,8 +103,11 @@ def plan(
     probes: Sequence[str | Probe] | None,
     methods: Sequence[str | Method] | None,
     earlier: Manifest | None,
+    told: Callable[[str, int, int], None] = lambda probe, place, of: None,
 ) -> Plan:
     """What is to be measured; of an atlas that exists, what it has and what is asked for beyond it.
+
+    `told` is told of every probe before its items are written and timed: its id, its place, and how many there are.
 
     Raises:
         InputError: no such probe or method (the nearest are named); items that the tokenizer cannot express, of a probe
@@ -120,7 +133,8 @@ def plan(
     shortened: dict[str, str] = {}
     spans: dict[str, tuple[str, ...]] = {}
     cards = {each.id: each for each in earlier.probes} if earlier is not None else {}
-    for each in asked:
+    for place, each in enumerate(asked):
+        told(each.id, place, len(asked))
         by_name = probes is not None and each.id != settings.off_target
         try:
             halves, seconds, shorter = _fitting(each, model, settings)
@@ -176,7 +190,7 @@ def plan(
         manifest = replace(manifest, versions=earlier.versions)
     cells, unfit = _cells(model, manifest, items, chosen_methods, earlier)
     manifest = replace(manifest, cells=cells, left_out={**left_out, **unfit})
-    return Plan(manifest, items, chosen_methods, pace, shortened)
+    return Plan(manifest, {each.id: each for each in asked}, items, chosen_methods, pace, shortened)
 
 
 def _methods(named: Sequence[str | Method] | None, earlier: Manifest | None) -> dict[str, Method]:
@@ -195,7 +209,7 @@ def _probes(
 ) -> list[Probe]:
     """Those of the atlas with the settings it has them with, then those that are asked for; the off-target one last."""
     off_target = probe_named(settings.off_target)
-    speaks = _speaks(model)
+    speaks = continues(model)
     if named is None:
         found = [each for each in catalogue.entries("probes") if isinstance(each, Probe)] if speaks else [off_target]
     else:
@@ -213,12 +227,6 @@ def _probes(
     together = {**stored, **{id: each for id, each in asked.items() if id not in stored}}
     last = together.pop(off_target.id, off_target)
     return [*together.values(), last]
-
-
-def _speaks(model: AttachedModel) -> bool:
-    """Whether the model continues text; one that does not is asked for its embedding."""
-    inner = getattr(model.model, "get_base_model", None)
-    return can_generate(inner() if callable(inner) else model.model)
 
 
 def _fitting(probe: Probe, model: AttachedModel, settings: Settings) -> tuple[Halves, float, str]:
@@ -242,7 +250,7 @@ def _fitting(probe: Probe, model: AttachedModel, settings: Settings) -> tuple[Ha
         if each is probe:
             return halves, seconds, ""
         (n,) = each.grid["sentences"]
-        return halves, seconds, f"{n} sentences in place of {given[0]}, to fit {_longest(model, settings)} tokens"
+        return halves, seconds, f"{n} sentences in place of {given[0]}, to fit {longest(model, settings)} tokens"
     assert first is not None
     raise first
 
@@ -253,14 +261,15 @@ def _spans(items: ItemSet) -> tuple[str, ...]:
 
 
 def _halves(probe: Probe, model: AttachedModel, settings: Settings) -> Halves:
-    items = encode(probe, model.tokenizer, n=settings.items, seed=settings.seed, max_tokens=_longest(model, settings))
-    if not _speaks(model):
+    items = encode(probe, model.tokenizer, n=settings.items, seed=settings.seed, max_tokens=longest(model, settings))
+    if not continues(model):
         items = replace(items, metric="cosine-to-clean")
     half = settings.items // 2
     return Halves(replace(items, items=items.items[:half]), replace(items, items=items.items[half:]))
 
 
-def _longest(model: AttachedModel, settings: Settings) -> int:
+def longest(model: AttachedModel, settings: Settings) -> int:
+    """Most tokens of an item: as set, or as many as the tokenizer says that the model takes."""
     limit = getattr(model.tokenizer, "model_max_length", None)
     return min(settings.max_tokens, limit) if isinstance(limit, int) else settings.max_tokens
 
@@ -335,6 +344,15 @@ def _cells(
         cells.append(Cell(kind="joint", method=id, probe=probe))
         if off_target:
             cells.append(Cell(kind="offtarget", method=id, probe=probe))
+    paired, beyond = behaviours[:MOST_CROSSED], behaviours[MOST_CROSSED:]
+    cells += [Cell(kind="fresh", probe=probe) for probe in paired]
+    cells += [Cell(kind="crossed", heads_of=of, probe=probe) for of in paired for probe in paired]
+    if len(paired) > 1 and continues(model):
+        cells += [Cell(kind="masked", probe=probe) for probe in paired]
+    for probe in beyond:
+        unfit[f"fresh/{probe}"] = (
+            f"pairs of behaviours are tried among the first {MOST_CROSSED}; headwise.verify.crossing tries others"
+        )
     for probe in behaviours:
         cells += [Cell(kind="dose", probe=probe), Cell(kind="examples", probe=probe)]
     known = earlier.cells if earlier is not None else ()

@@ -10,6 +10,7 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.status import Status
 
 from headwise.atlas.cell import Cell
 from headwise.atlas.planning import Plan
@@ -20,6 +21,8 @@ EVERY = 30.0
 
 class Silent:
     """Says nothing."""
+
+    def planning(self, probe: str, place: int, of: int) -> None: ...
 
     def planned(self, plan: Plan, left: Sequence[Cell]) -> None: ...
 
@@ -34,6 +37,7 @@ class Shown:
     def __init__(self) -> None:
         self.console = Console(file=sys.stderr, markup=False, highlight=False, emoji=False, soft_wrap=True)
         self.bar: Progress | None = None
+        self.status: Status | None = None
         self.task = TaskID(0)
         self.plan: Plan | None = None
         self.work = self.done = 0.0
@@ -46,11 +50,29 @@ class Shown:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end_status()
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
 
+    def _end_status(self) -> None:
+        if self.status is not None:
+            self.status.stop()
+            self.status = None
+
+    def planning(self, probe: str, place: int, of: int) -> None:
+        """On a terminal the line changes with the probe; elsewhere there is one."""
+        if not place and not self.console.is_terminal:
+            self.console.print(f"headwise: planning: writing and timing the items of {of} probes")
+        if self.console.is_terminal:
+            line = f"planning: writing and timing the items of {probe}, {place + 1} of {of}"
+            if self.status is None:
+                self.status = self.console.status(line)
+                self.status.start()
+            self.status.update(line)
+
     def planned(self, plan: Plan, left: Sequence[Cell]) -> None:
+        self._end_status()
         for line in announcement(plan, left):
             self.console.print(f"headwise: {line}")
         self.plan, self.n_left = plan, len(left)

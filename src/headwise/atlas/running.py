@@ -14,6 +14,7 @@ from headwise.atlas.cell import Cell
 from headwise.atlas.manifest import FORMAT_VERSION, Settings
 from headwise.atlas.measuring import Measuring
 from headwise.atlas.opened import Atlas
+from headwise.atlas.pairing import Pairing
 from headwise.atlas.planning import Plan, plan
 from headwise.atlas.progress import Shown
 from headwise.atlas.store import Store
@@ -27,6 +28,9 @@ from headwise.sweep import Mode
 
 class Watching(Protocol):
     """Who is told how a run goes; see `headwise.atlas.progress`."""
+
+    def planning(self, probe: str, place: int, of: int) -> None:
+        """Before the items of a probe are written for the model and timed; `place` counts from 0."""
 
     def planned(self, plan: Plan, left: Sequence[Cell]) -> None:
         """Before the first cell."""
@@ -103,7 +107,7 @@ def atlas(
                 "choose another --out"
             )
         with _threads(earlier.threads if earlier is not None else torch.get_num_threads()):
-            planned = plan(model, settings, probes, methods, earlier)
+            planned = plan(model, settings, probes, methods, earlier, watcher.planning)
             if planned.manifest != earlier:
                 store.write_manifest(planned.manifest)
             _run(Measuring(model, planned, store), watcher)
@@ -113,7 +117,7 @@ def atlas(
 
 
 def _run(measuring: Measuring, watcher: Watching) -> None:
-    store, planned = measuring.store, measuring.plan
+    store, planned, pairing = measuring.store, measuring.plan, Pairing(measuring)
     left = [cell for cell in planned.cells if not store.has(cell)]
     store.log("began", left=len(left), cells=len(planned.cells), versions=dict(planned.manifest.versions))
     watcher.planned(planned, left)
@@ -121,7 +125,7 @@ def _run(measuring: Measuring, watcher: Watching) -> None:
         watcher.began(cell)
         began = time.perf_counter()
         try:
-            result = measuring.measure(cell)
+            result = pairing.measure(cell)
         except KeyboardInterrupt:
             store.log("interrupted", cell=cell.id)
             raise

@@ -10,13 +10,14 @@ from rich.text import Text
 
 from headwise.atlas.report.numerals import counted, percent
 from headwise.atlas.report.reading import report_of
-from headwise.atlas.report.view import Behaviour, Report
+from headwise.atlas.report.view import Behaviour, Matrix, Report
 
 if TYPE_CHECKING:
     from headwise.atlas.opened import Atlas
 
 HEADS_SHOWN = 6
 FAILURES_SHOWN = 8
+PAIRS_SHOWN = 4
 NOTHING = "\u2013"
 
 
@@ -32,9 +33,14 @@ def told(report: Report, path: Path) -> tuple[Table | Text | str, ...]:
     if solved:
         parts.append(_verified(report, solved))
     refused = [(each.probe, each.refusal) for each in report.behaviours if each.refusal]
-    refused += [(each.what, each.reason) for each in report.refused]
+    refused += [(each.what, each.reason) for each in report.refused if not each.what.startswith("find/")]
+    unfit = sum(each.what.startswith("find/") for each in report.refused)
     if refused:
         parts.append(_refused(refused))
+    if unfit:
+        parts.append(f"{counted(unfit, 'pair')} of method and probe gave no scores; the report says why.")
+    if solved and report.matrix is not None and report.matrix.pairs:
+        parts.append(_pairs(report.matrix))
     heads = len(report.verified_heads)
     parts.append(f"{heads} of {counted(report.n_heads, 'head')} verified alone. Report:")
     parts.append(Text(str(path)))  # in one piece, to be copied
@@ -82,6 +88,14 @@ def _together(behaviour: Behaviour) -> str:
     share = percent(behaviour.share(best.effect)).replace("\u202f", "")
     heads = str(len(best.heads)) if best.method else best.heads[0]
     return f"{heads} ({best.chosen_by}): {share}"
+
+
+def _pairs(matrix: Matrix) -> str:
+    double, n = matrix.dissociated, len(matrix.pairs) // 2
+    shown = [f"{one} and {other}" for one, other in double[:PAIRS_SHOWN]]
+    rest = [f"{len(double) - PAIRS_SHOWN} more"] if len(double) > PAIRS_SHOWN else []
+    named = f": {'; '.join(shown + rest)}" if double else ""
+    return f"{len(double)} of {counted(n, 'pair')} of behaviours rest on different heads (double dissociation){named}."
 
 
 def _refused(refused: list[tuple[str, str]]) -> Table:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas
 
 from headwise.verify.evidence import Evidence
+from headwise.verify.specialisation import specialisation
 from headwise.verify.verdict import FamilyVerdict, JointVerdict, SingleVerdict
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ CONTROLS = ["probe", "metric", "set", "control", "heads", "match", "effect"]
 VERDICTS = ["probe", "metric", "mode", "scope", "set", "heads", "effect", "unit", "share", "excess", "low", "high"]
 VERDICTS += ["p", "q", "controls", "ceiling", "match", "ruling", "reason"]
 ITEMS = ["probe", "metric", "item", "half", "counts"]
+TOGETHER = ["probe", "heads", "n_items", "share", "low", "high", "controls", "ceiling", "p", "holds"]
+FUNCTIONAL = ["share", "heads", "probe", "base", "original", "scale_free", "random_original", "random_scale_free"]
+PAIRS = ["heads_of", "against", "own", "other", "excess", "low", "high", "ceiling", "p", "double"]
 
 
 def tables(atlas: Atlas) -> Mapping[str, pandas.DataFrame]:
@@ -32,7 +36,12 @@ def tables(atlas: Atlas) -> Mapping[str, pandas.DataFrame]:
     - `controls`: one row per control set of a joint knock-out, with its mean effect;
     - `verdicts`: one row per claim;
     - `items`: one row per item: on which half it is, and whether it counts (the model answers it);
-    - `off_target`: as `Atlas.off_target`.
+    - `off_target`: as `Atlas.off_target`;
+    - `together`: one row per behaviour whose heads were tried on fresh items of it, as shares of reach;
+    - `pairs`: two rows per pair of behaviours whose heads were tried on fresh items of both: what the heads of each
+      cost their own behaviour and the other (shares of reach), and whether it is a double dissociation;
+    - `functional`: the dissociation score D of Li et al. 2023, one row per share of heads and behaviour, and the mean
+      of random draws.
     """
     families = atlas.families()
     scores = [
@@ -46,6 +55,9 @@ def tables(atlas: Atlas) -> Mapping[str, pandas.DataFrame]:
         "verdicts": _joined([_verdicts(*family) for family in families], VERDICTS),
         "items": _items(atlas),
         "off_target": atlas.off_target,
+        "together": _together(atlas),
+        "pairs": _pairs(atlas, families),
+        "functional": _functional(atlas),
     }
 
 
@@ -132,6 +144,48 @@ def _verdicts(evidence: Evidence, verdict: FamilyVerdict) -> pandas.DataFrame:
         for name, heads, each in claims
     ]
     return pandas.DataFrame(rows, columns=VERDICTS)
+
+
+def _together(atlas: Atlas) -> pandas.DataFrame:
+    rows = [
+        (
+            probe,
+            ", ".join(each.heads.labels),
+            each.n_items,
+            each.share.value,
+            each.share.low,
+            each.share.high,
+            len(each.controls),
+            each.ceiling,
+            each.p,
+            each.holds,
+        )
+        for probe, each in atlas.together().items()
+    ]
+    return pandas.DataFrame(rows, columns=TOGETHER)
+
+
+def _pairs(atlas: Atlas, families: list[tuple[Evidence, FamilyVerdict]]) -> pandas.DataFrame:
+    found = specialisation(families, atlas.crossed()).pairs_to_pandas() if families else pandas.DataFrame()
+    return found if len(found) else pandas.DataFrame(columns=PAIRS)
+
+
+def _functional(atlas: Atlas) -> pandas.DataFrame:
+    rows = [
+        (
+            each.alpha,
+            each.n_heads,
+            probe,
+            each.base[place],
+            each.original[place],
+            each.scale_free[place],
+            each.random_original[:, place].mean(),
+            each.random_scale_free[:, place].mean(),
+        )
+        for each in atlas.functional_dissociation()
+        for place, probe in enumerate(each.behaviours)
+    ]
+    return pandas.DataFrame(rows, columns=FUNCTIONAL)
 
 
 def _items(atlas: Atlas) -> pandas.DataFrame:

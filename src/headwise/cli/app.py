@@ -24,7 +24,7 @@ from headwise.cli.replicate import replicate
 from headwise.cli.verify import verify
 from headwise.errors import HeadwiseError
 
-DONE, CHECK_FAILED, BAD_INPUT, OWN_ERROR, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, BAD_INPUT, OWN_ERROR, INTERRUPTED = 0, 2, 3, 130
 TRACEBACK_VARIABLE = "HEADWISE_TRACEBACK"
 
 app = typer.Typer(
@@ -60,12 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"{message}{' See' if message.endswith('?') else '; see'} `{program} --help`")
         return BAD_INPUT
     except (KeyboardInterrupt, typer.Abort):
-        return INTERRUPTED
+        code = INTERRUPTED
     except Exception as error:
         _print_traceback_if(session)
         hint = "" if session.wants_traceback else f"; add --traceback (or {TRACEBACK_VARIABLE}=1) to see where"
         say(f"an error in headwise itself: {type(error).__name__}: {error}{hint}")
         return OWN_ERROR
+    if code == INTERRUPTED:  # typer makes this exit code of Ctrl-C itself
+        say(session.when_stopped)
     return code if isinstance(code, int) else DONE
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headwise.cli import options
-from headwise.cli.console import print_json, print_tables, quiet, say
+from headwise.cli.console import print_json, print_tables, quiet
+from headwise.cli.loading import Loading, load_model
 from headwise.errors import Refusal
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ DEFAULT_MODEL = "zoo:organism"
 
 
 def atlas(
+    context: typer.Context,
     model: Annotated[
         str, typer.Argument(help="A hub id, a local folder, or zoo:NAME (see `headwise list models`).")
     ] = DEFAULT_MODEL,
@@ -43,6 +45,9 @@ def atlas(
     ] = "all",
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Longest item, in tokens.")] = 256,
     controls: Annotated[int, typer.Option("--controls", help="Control sets for each set of heads.")] = 50,
+    off_target: Annotated[
+        str, typer.Option("--off-target", metavar="NAME", help="The probe on which the heads should cost nothing.")
+    ] = "text",
     seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -58,26 +63,19 @@ def atlas(
     The same command goes on where it was stopped; with more probes or methods it adds what is missing.
     """
     began = time.perf_counter()
+    folder = folder_of(model) if out is None else out
+    options.if_stopped(context, f"stopped; what is finished is kept in {folder}, and the same command goes on with it")
     with quiet():
-        say(f"loading {model}")
+        how = Loading(device, dtype, revision, attn, allow_pickle, trust_remote_code)
+        attached = load_model(model, how)
         # Imported here, so that `headwise --help` does not wait for torch.
         from headwise.atlas import atlas as make_atlas
         from headwise.atlas.report import write_report
         from headwise.atlas.summary import summary
-        from headwise.loading import load
 
-        attached = load(
-            model,
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            attn=attn,
-            trust_remote_code=trust_remote_code,
-            allow_pickle=allow_pickle,
-        )
         made = make_atlas(
             attached,
-            folder_of(model) if out is None else out,
+            folder,
             probes=_listed(probes),
             methods=_listed(methods),
             items=items,
@@ -86,6 +84,7 @@ def atlas(
             scope=scope,
             max_tokens=max_tokens,
             controls=controls,
+            off_target=off_target,
         )
         try:
             report = write_report(made)

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from headwise.cli import options
 from headwise.cli.console import print_json, print_tables, quiet, say
+from headwise.cli.loading import Loading, load_model
 from headwise.heads import SiteId
 
 if TYPE_CHECKING:
@@ -37,20 +38,11 @@ def doctor(
     Exit code 1 if a check fails; a check that does not apply is n/a and says why.
     """
     with quiet():
-        say(f"loading {model}")
+        how = Loading(device, dtype, revision, attn, allow_pickle, trust_remote_code)
+        attached = load_model(model, how)
         # Imported here, so that `headwise --help` does not wait for torch.
-        from headwise.loading import load
         from headwise.model.doctor import examine
 
-        attached = load(
-            model,
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            attn=attn,
-            trust_remote_code=trust_remote_code,
-            allow_pickle=allow_pickle,
-        )
         report = examine(attached, seed=seed or 0, began=lambda check: say(f"checking: {check}"))
     if json:
         print_json(report.to_json())

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from headwise.cli import options
 from headwise.cli.console import print_json, print_tables, quiet, say
+from headwise.cli.loading import Loading, load_model
 
 if TYPE_CHECKING:
     from headwise.model.attached import AttachedModel
@@ -53,23 +54,14 @@ def find(
         # Imported here, so that `headwise --help` does not wait for torch.
         from headwise.find import find as scored
         from headwise.find import method as named
-        from headwise.loading import load
         from headwise.verify.verifying import half_for_finding
 
         # What can be wrong in the words and the file themselves is found before a model is loaded.
         chosen = named(method)
         source = source_of(probe or chosen.probe)
         questions = half_for_finding(source) if isinstance(source, Path) else source
-        say(f"loading {model}")
-        attached = load(
-            model,
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            attn=attn,
-            trust_remote_code=trust_remote_code,
-            allow_pickle=allow_pickle,
-        )
+        how = Loading(device, dtype, revision, attn, allow_pickle, trust_remote_code)
+        attached = load_model(model, how)
         given = encoded(questions, attached, items, seed or 0, name=source.stem if isinstance(source, Path) else "")
         half = ", the half of the file that is for finding heads" if isinstance(source, Path) else ""
         say(f"running {chosen.id} on {len(given)} items of {given.probe}{half}")

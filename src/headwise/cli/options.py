@@ -10,9 +10,16 @@ import typer
 
 @dataclass
 class Session:
-    """What one call of the program has to remember outside of its command."""
+    """What one call of the program has to remember outside of its command; `when_stopped` is said after Ctrl-C."""
 
     wants_traceback: bool
+    when_stopped: str = "stopped"
+
+
+def if_stopped(context: typer.Context, line: str) -> None:
+    """What the program says if its command is stopped by Ctrl-C."""
+    if isinstance(context.obj, Session):
+        context.obj.when_stopped = line
 
 
 def _remember_traceback(context: typer.Context, wanted: bool) -> bool:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from headwise.cli import options
 from headwise.cli.console import print_json, print_tables, quiet, say
+from headwise.cli.loading import Loading, load_model
 
 if TYPE_CHECKING:
     from headwise.replications import Outcome, Replication
@@ -49,18 +50,8 @@ def replicate(
 
         chosen = replications() if name is None else (replication(name),)
         if model is not None:
-            from headwise.loading import load
-
-            say(f"loading {model}")
-            attached = load(
-                model,
-                revision=revision,
-                device=device,
-                dtype=dtype,
-                attn=attn,
-                trust_remote_code=trust_remote_code,
-                allow_pickle=allow_pickle,
-            )
+            how = Loading(device, dtype, revision, attn, allow_pickle, trust_remote_code)
+            attached = load_model(model, how)
             outcome = run(chosen[0], attached, items=items, max_tokens=max_tokens, seed=seed or 0, began=_say_how_far)
     if model is None:
         _print_expectations(chosen, whole=name is not None, json=json)

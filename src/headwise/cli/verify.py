@@ -12,6 +12,7 @@ from rich.table import Table
 from headwise.cli import options
 from headwise.cli.console import print_json, print_tables, quiet, say
 from headwise.cli.find import ItemsOption, ProbeOption, source_of
+from headwise.cli.loading import Loading, load_model
 
 if TYPE_CHECKING:
     from headwise.probes import Item, Probe
@@ -49,7 +50,6 @@ def verify(
         from headwise import metrics
         from headwise.errors import InputError
         from headwise.heads import HeadSet
-        from headwise.loading import load
         from headwise.model.positions import check_scope
         from headwise.probes import probe as named
         from headwise.sweep import MODES
@@ -70,16 +70,8 @@ def verify(
         check_scope(scope)
         questions = half_for_testing(source) if isinstance(source, Path) else source
         _check_span(scope, questions)
-        say(f"loading {model}")
-        attached = load(
-            model,
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            attn=attn,
-            trust_remote_code=trust_remote_code,
-            allow_pickle=allow_pickle,
-        )
+        how = Loading(device, dtype, revision, attn, allow_pickle, trust_remote_code)
+        attached = load_model(model, how)
         wanted = attached.heads(wanted)
         if isinstance(questions, tuple):
             about = f"{len(questions)} items of {probe}, the half of the file that is for testing heads"

@@ -15,7 +15,10 @@ from headwise.errors import InputError
 from headwise.scores import HeadScores
 
 SHARE = 4
-"""At most one head in so many is taken."""
+"""At most one head in so many is taken: a set is tested against as many other heads of its layers."""
+
+FAR, BEHIND = 8.0, 8
+"""Beyond a quarter of the heads that have a score a step has to be so large, and so many heads have to be behind it."""
 
 
 def stand_out(scores: HeadScores) -> int:
@@ -26,6 +29,11 @@ def stand_out(scores: HeadScores) -> int:
     although it stands out makes `s_k` large, so a strong head does not hide a weaker one; heads with large negative
     scores do not count. Where no step is as large as the `s_k` behind it, nothing stands out and `k` is 1.
 
+    Some methods give few heads a score (the weights of a head that writes nothing copy nothing). Heads without one do
+    not stand out either, so `k` may go up to a quarter of them all. But with so few left a step is easily as large as
+    `s_k` by chance: there it takes 8 times `s_k`, and 8 heads behind it. Of 16 scores without any structure (normal,
+    uniform, Student's 3, exponential) 0.3 to 2.3 percent have such a step.
+
     Raises:
         InputError: no head has a score.
     """
@@ -35,7 +43,10 @@ def stand_out(scores: HeadScores) -> int:
     most = min(max(1, len(means) // SHARE), len(means) - 1)
     if most < 1:
         return 1
-    steps = np.array([_step(means, k) for k in range(1, most + 1)])
+    every = sum(values.shape[1] * values.shape[2] for values in scores.values.values())
+    furthest = max(most, min(every // SHARE, len(means) - BEHIND))
+    steps = np.array([_step(means, k) for k in range(1, furthest + 1)])
+    steps[most:][steps[most:] < FAR] = 0
     return int(steps.argmax()) + 1 if steps.max() >= 1 else 1
 
 

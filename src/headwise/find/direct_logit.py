@@ -74,14 +74,8 @@ def direct_logit(model: AttachedModel, items: ItemSet) -> Scored:
 def direct_logit_source(model: AttachedModel, items: ItemSet, *, span: str = "subject") -> Scored:
     """`direct-logit-source`: the part of `direct-logit` that was read from the tokens of `span`, in logits.
 
-    Raises:
-        InputError: an item has no such span.
-        Refusal: as `direct_logit_by_source`.
+    Raises `Refusal` as `direct_logit_by_source`.
     """
-    for each in items:
-        if span not in each.spans:
-            known = ", ".join(each.spans) or "none"
-            raise InputError(f"item {each.id} of {items.probe} has no span {span!r}; it has {known}; choose with span=")
     sites = scored_sites(model)
     parts = direct_logit_by_source(model, items)
     inside = torch.zeros(len(items), parts.shape[-1], dtype=torch.bool)
@@ -219,7 +213,7 @@ METHODS = (
         year=2024,
         tier="B",
         status="reconstruction",
-        needs=("rows", "projection", "logits", "answer"),
+        needs=("rows", "projection", "logits", "answer", "span:{span}"),
         cost="1 forward per item, with the rows of the last positions",
         probe="facts",
         score=direct_logit_source,

@@ -50,8 +50,7 @@ def knock_out(
     sites = scored_sites(model)
     heads = model.heads([id.label for id in sites]).heads
     clean, *without = measure_sets(model, items, [HeadSet(), *(HeadSet((head,)) for head in heads)], how, chosen)
-    sign = 1 if chosen.better == "higher" else -1
-    drops = [sign * (clean - values) for values in without]
+    drops = [chosen.sign * (clean - values) for values in without]
     return {
         id: torch.stack([drop for head, drop in zip(heads, drops, strict=True) if head.site == id], dim=1)
         for id in sites

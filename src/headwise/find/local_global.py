@@ -16,7 +16,8 @@ Exact: d_h, the shares, WAAD and FAI as printed. Reconstruction: W = 10, lo = 10
 re-implementation, the paper's text does not give them; and R. The paper samples responses; here R are the rows of each
 item's given answer (`rows="answer"`, all of its tokens but the last), so the default probe is `text`, whose answers are
 several sentences long. `rows="prompt"` takes the tokens of the prompt, the only choice for encoders and for probes with
-answers of one token.
+answers of one token: such an answer is predicted from the prompt, no row is its own, and where the paper averages over
+hundreds of positions of a response there is none to average over.
 
 Distances grow with the text, and a sink on the first token counts with the whole distance to it. So beside the paper's
 score there is the same without the first column (`distance-without-first`, not brought to a sum of 1 again), and for

@@ -20,7 +20,7 @@ Scored = Mapping[SiteId, Float[Tensor, "item head"]]
 """Score of every head on every item, by site; NaN where a head has no score on an item."""
 
 NEEDS = ("rows", "z", "projection", "gradients", "logits", "generation", "weights", "answer", "foils", "twin")
-"""What a method may need, besides spans (`span:NAME`)."""
+"""What a method may need, besides spans: `span:NAME`, or `span:{SETTING}` for the one that a setting names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class Method(MethodEntry):
     score: Callable[..., Scored]
 
     def __post_init__(self) -> None:
-        MethodEntry.__post_init__(self)
+        MethodEntry.__post_init__(self)  # not super(): slots make the class anew, and super() would not find it
         unknown = [need for need in self.needs if need not in NEEDS and not need.startswith("span:")]
         if unknown:
             raise InputError(f"method {self.id!r} needs {unknown[0]!r}; use span:NAME or one of {', '.join(NEEDS)}")
@@ -55,17 +55,18 @@ class Method(MethodEntry):
         parameters = list(inspect.signature(self.score).parameters.values())[2:]
         return {each.name: each.default for each in parameters}
 
-    @property
-    def spans(self) -> tuple[str, ...]:
-        """Names of the spans that every item must have."""
-        return tuple(need.removeprefix("span:") for need in self.needs if need.startswith("span:"))
+    def spans(self, settings: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+        """Names of the spans that every item must have, with these settings of `score`, or with its defaults."""
+        named = [need.removeprefix("span:") for need in self.needs if need.startswith("span:")]
+        return tuple(name.format(**{**self.settings, **(settings or {})}) for name in named)
 
-    def missing(self, model: AttachedModel, items: ItemSet) -> str:
-        """What stands in the way of running it on these, in words; empty where nothing does."""
-        for name in self.spans:
-            lacking = next((each.id for each in items if name not in each.spans), None)
+    def missing(self, model: AttachedModel, items: ItemSet, settings: Mapping[str, Any] | None = None) -> str:
+        """What stands in the way of running it on these with these settings, in words; empty where nothing does."""
+        for name in self.spans(settings):
+            lacking = next((each for each in items if name not in each.spans), None)
             if lacking is not None:
-                return f"item {lacking} of {items.probe} has no span {name!r}"
+                known = ", ".join(lacking.spans) or "none"
+                return f"item {lacking.id} of {items.probe} has no span {name!r}; it has {known}"
         for need in self.needs:
             if need == "answer" and (silent := next((each.id for each in items if not each.answer), None)):
                 return f"item {silent} of {items.probe} has no answer"
@@ -91,5 +92,4 @@ def _lacks(model: AttachedModel, capability: str) -> str:
     return ""
 
 
-# MethodEntry is a dataclass with slots, which a parent named without arguments would not find.
 __all__ = ["NEEDS", "Method", "Scored", "scored_sites"]

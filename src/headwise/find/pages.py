@@ -214,7 +214,10 @@ def _sentence(text: str) -> str:
 
 
 def _need(name: str) -> str:
-    return f"the span `{name.removeprefix('span:')}`" if name.startswith("span:") else NEEDS[name]
+    if not name.startswith("span:"):
+        return NEEDS[name]
+    span = name.removeprefix("span:")
+    return f"the span that the setting `{span.strip('{}')}` names" if span.startswith("{") else f"the span `{span}`"
 
 
 def _probe(id: str) -> str:

@@ -68,7 +68,7 @@ def find(
         known = ", ".join(chosen.settings) or "none"
         raise InputError(f"method {chosen.id} has no setting {unknown[0]!r}; its settings: {known}")
     given = items_for(chosen, model, probe, n=items, seed=seed)
-    if missing := chosen.missing(model, given):
+    if missing := chosen.missing(model, given, settings):
         raise Refusal(f"{chosen.id} cannot be run: {missing}")
     scored = chosen.score(model, given, **settings)
     return gathered(chosen, model, given, scored, {**chosen.settings, **settings})

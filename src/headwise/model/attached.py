@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from headwise.errors import InputError, Refusal
 from headwise.heads import HeadSet
 from headwise.model.capture import Opened
+from headwise.model.denoising import BRANCHES, Denoising, Guidance, checked_denoising
 from headwise.model.discover import discover
 from headwise.model.dual import Dual, open_dual
 from headwise.model.edit import Edit
 from headwise.model.identity import weights_hash
+from headwise.model.lowering import Lowered, open_lowered
 from headwise.model.plan import Layer
 from headwise.model.positions import SpanRows
 from headwise.model.read import Read
 from headwise.model.runner import Runner, refuse_dropout
-from headwise.model.site import Site
+from headwise.model.site import Site, Unserved
 from headwise.model.table import SiteTable
 from headwise.scores import Provenance
 
@@ -77,8 +79,14 @@ class AttachedModel:
         return self.table.sites
 
     @property
+    def unserved(self) -> tuple[Unserved, ...]:
+        """Modules that seem to attend and could not be reached, with the reasons."""
+        return self.table.unserved
+
+    @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where inputs belong; parameters that are offloaded are nowhere between calls."""
+        return next((p.device for p in self.model.parameters() if not p.is_meta), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -200,6 +208,55 @@ class AttachedModel:
         with open_dual(self._runner, second, combine, mode, _named(spans), prompt_length, strict) as dual:
             yield dual
 
+    @contextmanager
+    def denoising(
+        self,
+        *,
+        guidance: Guidance | None = None,
+        branches: Sequence[str] = BRANCHES,
+        steps: int | None = None,
+    ) -> Iterator[Denoising]:
+        """Take the calls of a denoiser inside the block for one loop, so that scopes can name its steps and branches.
+
+        Put it around the whole loop, and `editing` and `reading` inside it: `scope="steps:0-9 branch:conditional"`.
+        A step is a stretch of calls with one timestep. Reads keep a value for every call of the loop, along a first
+        axis; `got.fired` counts over the loop.
+
+        Args:
+            guidance: `batch`, the branches are equal parts of the rows of each call; `calls`, each has a call of its
+                own in every step; None, there is no guidance.
+            branches: names of the branches, in the order of the rows or calls.
+            steps: how many steps the loop has; then a scope beyond them is refused at once, and a step too many is an
+                error. Without it what never came is told when the block is left.
+
+        Raises:
+            InputError: a form of guidance, branches or steps that cannot be meant; in the loop, a timestep that turns
+                back, and under `calls` a step with another number of calls than one (or two, ...) for each branch.
+            NotFired, PlanConflict: as `reading`.
+            Refusal: a dual run is open.
+        """
+        loop = checked_denoising(guidance, branches, steps)
+        with self._runner.open(Layer((), (), {}, None, False, Opened(), denoising=loop)):
+            yield loop
+            loop.close()
+
+    @contextmanager
+    def lowered(self, heads: Any = None) -> Iterator[Lowered]:
+        """Edits of z for a compiled model: `lowered.set(hw.edit.zero("L4H0"))` writes numbers that the graph reads.
+
+        Compile the model inside the block; what was compiled before, of any model, is compiled anew on its next run.
+        Edits of an `editing` block inside come first, and reads of z see what these left; `write` is what is written.
+
+        Args:
+            heads: the heads whose sites are prepared, by any name; None is every site that can be.
+
+        Raises:
+            Refusal: a site that was named cannot be lowered, or none can.
+            PlanConflict: a plan is open on the model, or a site is lowered already.
+        """
+        with open_lowered(self, heads) as lowered:
+            yield lowered
+
     # -- taking off -------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -235,7 +292,8 @@ class AttachedModel:
             f"{sum(s.n_heads for s in self.sites if s.id.stack == stack)} heads in {stack}"
             for stack in self.table.stacks
         )
-        return f"<{type(self.model).__name__} {self.name!r}: {counts}>"
+        missed = f"; {len(self.unserved)} modules attend out of reach (.unserved)" if self.unserved else ""
+        return f"<{type(self.model).__name__} {self.name!r}: {counts}{missed}>"
 
 
 def attach(
@@ -253,20 +311,26 @@ def attach(
     left as it is.
 
     Args:
-        model: any transformers >= 5 model (also inside a PEFT wrapper) that takes its attention from the registry.
+        model: any transformers >= 5 model (also inside a PEFT wrapper), or a denoiser of diffusers. Attention is
+            reached through the registry of transformers, or, in models with code of their own, at the functions of
+            torch that it is made of; `Site.route` says which.
         tokenizer, processor: kept beside the model for what needs text or pictures.
         example: inputs of the probe forward; needed for models whose inputs cannot be made up from the
             configuration, and to reach a tower that text alone does not run.
 
     Raises:
         InputError: not a model, a model in training mode with dropout, or inputs that the model does not run on.
-        Refusal: no attention was met at the registry.
+        Refusal: no attention was met, by any route.
         PlanConflict: the model is attached already.
     """
     if isinstance(model, AttachedModel):
         raise InputError("this is an attached model already; use it as it is")
     if not isinstance(model, nn.Module):
         raise InputError(f"attach() takes a transformers model, not a {type(model).__name__}; hw.load() takes a name")
+    if tokenizer is not None and not callable(tokenizer):
+        raise InputError(
+            f"tokenizer= is a {type(tokenizer).__name__}; pass a tokenizer (it is called with text), or None"
+        )
     refuse_dropout(model)
     found = discover(model, example=example, tokenizer=tokenizer, processor=processor)
     name = name or str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)

@@ -34,7 +34,8 @@ class AttentionCall:
         def part(value: Any) -> Any:
             return value[rows] if isinstance(value, Tensor) and len(value) == len(self.query) else value
 
-        per_row = {name: part(self.options[name]) for name in ("position_bias", "position_ids") if name in self.options}
+        by_row = ("position_bias", "position_ids", "own_scores")
+        per_row = {name: part(self.options[name]) for name in by_row if name in self.options}
         return replace(
             self,
             query=self.query[rows],
@@ -51,6 +52,12 @@ class AttentionCall:
     @property
     def n_kv_heads(self) -> int:
         return int(self.key.shape[1])
+
+    @property
+    def own_scores(self) -> Float[Tensor, "batch head query key"] | None:
+        """The scores that the model took its softmax of, where it computes its attention in code of its own."""
+        scores: Tensor | None = self.options.get("own_scores")
+        return scores
 
     @property
     def scale(self) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.errors import InputError, NotFired
+from headwise.errors import InputError, NotFired, Refusal
 from headwise.heads import Head, KVGroup, SiteId
 from headwise.model.operations import Here
 from headwise.model.read import BLOCK_VARIABLES, GROUP_VARIABLES, ROW_VARIABLES, Read
@@ -33,8 +33,9 @@ class Captured(Mapping[str, Any]):
     """Values of one read, by site label (`got.z["L4"]`) or head label (`got.z["L4H0"]`).
 
     The forwards of one run (prefill and decode steps) are joined along the position or query axis; rows of different
-    length are padded with 0 (scores with -inf) on the key axis. With `reduce` the entry is the list of what it
-    returned, one per call. `pieces(label)` gives the calls one by one. Only the latest run is kept.
+    length are padded with 0 (scores with -inf) on the key axis. Those of a denoising loop lie along a first axis, one
+    entry per call. With `reduce` the entry is the list of what it returned, one per call. `pieces(label)` gives the
+    calls one by one. Only the latest run (or loop) is kept.
     """
 
     def __init__(self, read: Read, heads: Mapping[SiteId, tuple[int, ...]]) -> None:
@@ -43,12 +44,14 @@ class Captured(Mapping[str, Any]):
         self._heads = dict(heads)
         self._pieces: dict[SiteId, dict[Moment, Piece]] = {}
         self._of_gradients = False
+        self.looped = False
 
     @property
     def grad(self) -> Captured:
         """The gradients, under the same labels, once `backward()` ran."""
         view = Captured(self.read, self._heads)
         view._of_gradients = True
+        view.looped = self.looped
         view._pieces = self._pieces
         return view
 
@@ -76,6 +79,7 @@ class Captured(Mapping[str, Any]):
 
         Raises:
             InputError: the donor holds other heads, another number of rows, or fewer positions than are edited.
+            Refusal: keys that no columns tell apart, under a cache.
         """
         if self.read.queries is not None or self.read.reduce is not None:
             raise InputError(
@@ -84,13 +88,20 @@ class Captured(Mapping[str, Any]):
             )
         if here.site not in self._heads or not set(here.heads) <= set(self._heads[here.site]):
             raise InputError(f"the donor run holds no {self.variable} of {', '.join(here.names)}; read it there first")
-        values: Tensor = self[here.site.label]
+        values = self._of_same_call(here) if self.looped else self._of_same_chunk(here)
         axis = 2 if self.variable in ROW_VARIABLES else 1
         if values.dim() == 3:  # mlp and residual have no head axis
             values = values[:, :, None]
         picks = [self._heads[here.site].index(head) for head in here.heads] if values.shape[3 - axis] > 1 else [0]
         values = values.index_select(3 - axis, torch.tensor(picks, device=values.device))
         first = min(piece.start for piece in self._pieces[here.site].values())
+        if here.window is not None and here.window.joined and self.variable in GROUP_VARIABLES | ROW_VARIABLES:
+            n_keys = values.shape[-1 if self.variable in ROW_VARIABLES else axis]
+            if here.window.frame.past or n_keys != here.window.n_keys:
+                raise Refusal(
+                    f"{here.label}: its keys are not those of its own tokens alone, so under a cache or at another "
+                    f"length a donor's {self.variable} cannot be lined up with them; patch z instead"
+                )
         start = 0 if here.window is None else (here.window.offset if self.variable in "kv" else here.window.start)
         if here.window is None and values.shape[axis] != here.span:
             raise InputError(f"{here.label}: the donor has {values.shape[axis]} positions, the run has {here.span}")
@@ -126,7 +137,34 @@ class Captured(Mapping[str, Any]):
             raise NotFired(f"{site.label} has no {self.variable} {self._why_empty}")
         if self.read.reduce is not None and not self._of_gradients:
             return [value for _, value in values]
-        return _join(values, self.variable, site.label)
+        return _join(values, self.variable, site.label, looped=self.looped)
+
+    def _of_same_chunk(self, here: Here) -> Tensor:
+        """What was read of the same piece, where positions cannot be told and the module splits its sequence."""
+        values = self._values(here.site)
+        pieces = [(moment, value) for moment, value in values if moment[2] == here.chunk]
+        whole: Tensor = self[here.site.label]
+        if here.window is not None or len(pieces) == len(values):
+            return whole
+        if not pieces:
+            raise InputError(
+                f"{here.label}: the donor run has fewer pieces than this one, which is at number {here.chunk}"
+            )
+        joined: Tensor = _join(pieces, self.variable, here.label)
+        return joined
+
+    def _of_same_call(self, here: Here) -> Tensor:
+        """What was read in a denoising loop, of the call that is as many into its loop as this one."""
+        if here.step is None:
+            raise InputError(
+                f"{here.label}: the donor was read in a denoising loop and has a value for every call; open "
+                "model.denoising() around this run, too, or take one call's value with .pieces(label)"
+            )
+        values = [(moment, value) for moment, value in self._values(here.site) if moment[0] == here.forward]
+        if not values:
+            raise InputError(f"{here.label}: the donor's loop holds no value of call {here.forward}, counted from 0")
+        joined: Tensor = _join(values, self.variable, here.label)
+        return joined
 
     @property
     def _labels(self) -> list[str]:
@@ -158,8 +196,8 @@ class Captured(Mapping[str, Any]):
         joined = self[member.site.label]
         place = self._heads[member.site].index(member.index)
         if not isinstance(joined, Tensor):
-            return _merged([joined], lambda tensors: tensors[0][:, place])
-        axis = 1 if self.variable in ROW_VARIABLES else 2
+            return _merged([joined], lambda tensors: tensors[0].select(1 + self.looped, place))
+        axis = (1 if self.variable in ROW_VARIABLES else 2) + self.looped
         return joined.select(axis, place if joined.shape[axis] > 1 else 0)  # a write's gradient is one for all heads
 
     def _values(self, site: SiteId) -> list[tuple[Moment, Any]]:
@@ -177,14 +215,17 @@ class Captured(Mapping[str, Any]):
         return f"<{self.variable} of {', '.join(self._labels[:4])}{' ...' if len(self) > 4 else ''}>"
 
 
-def _join(values: list[tuple[Moment, Any]], variable: str, label: str) -> Any:
-    """Pieces of one site in one tensor: calls and forwards along positions, passes of a tower along the batch."""
+def _join(values: list[tuple[Moment, Any]], variable: str, label: str, *, looped: bool = False) -> Any:
+    """Pieces of one site in one tensor: calls and forwards along positions, passes of a tower along the batch.
+
+    The forwards of a denoising loop (`looped`) are along a first axis of their own.
+    """
     forwards: dict[int, dict[int, list[Any]]] = {}
     for (forward, tower_pass, _), value in values:
         forwards.setdefault(forward, {}).setdefault(tower_pass, []).append(value)
     try:
         joined = [_stack([_along(calls, variable) for calls in passes.values()]) for passes in forwards.values()]
-        return _along(joined, variable)
+        return _one_after_another(joined) if looped else _along(joined, variable)
     except RuntimeError as error:
         raise InputError(
             f"the {variable} of {label} has pieces of different shape in this run ({error}); use .pieces({label!r})"
@@ -201,6 +242,12 @@ def _along(values: list[Any], variable: str) -> Any:
     width, blank = max(value.shape[-1] for value in values), float("-inf") if variable == "scores" else 0.0
     padded = [torch.nn.functional.pad(value, (0, width - value.shape[-1]), value=blank) for value in values]
     return torch.cat(padded, dim=2)
+
+
+def _one_after_another(values: list[Any]) -> Any:
+    if not isinstance(values[0], Tensor):
+        return _merged(values, torch.stack)
+    return torch.stack(values)
 
 
 def _stack(values: list[Any]) -> Any:

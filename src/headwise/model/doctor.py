@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from headwise.errors import HeadwiseError
-from headwise.model import checks as checks_module
-from headwise.model import position_checks
-from headwise.model.checks import Finding
+from headwise.model import checks as read_checks
+from headwise.model import edit_checks, position_checks
+from headwise.model.findings import Finding, carried_out
 from headwise.model.patient import Patient
 from headwise.model.site import Site
 
@@ -69,17 +68,15 @@ class Examination:
 
 
 EXAMINATIONS = (
-    Examination("no-op is bit-identical", checks_module.no_op, "anything: attaching changes the model"),
-    Examination("z is the projection's input", checks_module.z_enters_projection, "z"),
-    Examination("sum of writes is the projection's output", checks_module.writes_sum, "writes"),
-    Examination("rows times values are the kernel's z", checks_module.rows_rebuild_z, "patterns, scores, statistics"),
-    Examination("zeroing two ways agrees", checks_module.zero_two_ways, "edits of z"),
-    Examination(
-        "pattern edits leave other heads alone", checks_module.other_heads_keep_bits, "score and pattern edits"
-    ),
-    Examination("edits fire once per call", checks_module.edits_fire_once, "edits"),
-    Examination("KV groups map to their query heads", checks_module.groups_map, "edits of k and v"),
-    Examination("gate gradients match autograd", checks_module.gate_gradients, "gradients"),
+    Examination("no-op is bit-identical", read_checks.no_op, "anything: attaching changes the model"),
+    Examination("z is the projection's input", read_checks.z_enters_projection, "z"),
+    Examination("sum of writes is the projection's output", read_checks.writes_sum, "writes"),
+    Examination("rows times values are the kernel's z", read_checks.rows_rebuild_z, "patterns, scores, statistics"),
+    Examination("zeroing two ways agrees", edit_checks.zero_two_ways, "edits of z"),
+    Examination("pattern edits leave other heads alone", edit_checks.other_heads_keep_bits, "score and pattern edits"),
+    Examination("edits fire once per call", edit_checks.edits_fire_once, "edits"),
+    Examination("KV groups map to their query heads", edit_checks.groups_map, "edits of k and v"),
+    Examination("gate gradients match autograd", edit_checks.gate_gradients, "gradients"),
     Examination("left padding changes nothing", position_checks.left_padding, "edits in left-padded batches"),
     Examination("a cache changes nothing", position_checks.cache, "edits in generate() with a cache"),
 )
@@ -104,26 +101,30 @@ def examine(
         found = []
         for examination in EXAMINATIONS:
             began(examination.name)
-            found.append(_carried_out(examination, patient))
+            finding = carried_out(examination.carry_out, patient)
+            found.append(Check(examination.name, finding.status, finding.detail))
     sites = tuple(SiteReport(site.label, _abilities(site)) for site in attached.sites)
     passed = all(check.status != "fail" for check in found)
     return DoctorReport(attached.name, passed, tuple(found), sites, _summary(patient, found))
 
 
-def _carried_out(examination: Examination, patient: Patient) -> Check:
-    try:
-        finding = examination.carry_out(patient)
-    except HeadwiseError as error:
-        finding = Finding("fail", f"{type(error).__name__}: {error}")
-    except Exception as error:  # the model itself stumbled under what the check did: that is a finding, too
-        finding = Finding("fail", f"stopped by {type(error).__name__}: {checks_module.one_line(error)}")
-    return Check(examination.name, finding.status, finding.detail)
+REFUSED = {
+    "separable": "edits of z and writes",
+    "rows": "patterns, scores and their edits",
+    "qk": "queries, keys and their edits",
+    "v": "values and their edits",
+}
 
 
 def _abilities(site: Site) -> dict[str, str | bool]:
     shape = f"{site.n_heads}" + ("" if site.group_size == 1 else f" / {site.n_kv_heads} KV")
-    described: dict[str, str | bool] = {"kind": site.kind, "heads": shape, "kernel": _kernel(site.kernel)}
-    described["gated"] = site.gated
+    described: dict[str, str | bool] = {
+        "route": site.route,
+        "kind": site.kind,
+        "heads": shape,
+        "kernel": _kernel(site.kernel),
+    }
+    described["gated"] = "no: something is added to z" if site.added else site.gated
     for name, capability in site.capabilities.items():
         described[name] = True if capability else f"no: {capability.reason}"
     return described
@@ -137,12 +138,16 @@ def _summary(patient: Patient, found: list[Check]) -> str:
     """One sentence on what is unsafe to use, what is refused, and what was not looked at."""
     unsafe = [e.unsafe for e, check in zip(EXAMINATIONS, found, strict=True) if check.status == "fail"]
     parts = []
-    for name, refused in (("separable", "edits of z and writes"), ("rows", "patterns, scores and their edits")):
+    for name, refused in REFUSED.items():
         without = [site.label for site in patient.attached.sites if not site.capabilities[name]]
         if without:
             parts.append(f"{refused} are refused at {_listed(without, len(patient.attached.sites))}")
     if patient.unreached:
         parts.append(f"{', '.join(patient.unreached)} did not run on this example and was not examined")
+    for each in patient.attached.table.unserved[:3]:
+        parts.append(f"{each.module} attends out of reach ({each.reason})")
+    if len(patient.attached.table.unserved) > 3:
+        parts.append(f"so do {len(patient.attached.table.unserved) - 3} more modules")
     if unsafe:
         return "; ".join([f"Unsafe on this model: {', '.join(unsafe)}", *parts]) + "."
     return "; ".join(["Safe to use", *(parts or ["nothing is refused on this model"])]) + "."

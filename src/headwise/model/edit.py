@@ -6,7 +6,8 @@ within the order of the computation: k and v, q, score, pattern, z, residual. Wh
 heads, other positions, other rows) the kernel's own bits stay.
 
 Options of every edit:
-    scope     `all`, `prompt`, `decode`, `last`, `span:NAME`; for k and v the scope is of key columns
+    scope     `all`, `prompt`, `decode`, `last`, `span:NAME`; for k and v the scope is of key columns; in a denoising
+              loop also `steps:0-9` and `branch:NAME`, and several words with blanks between them
     queries   a further choice of query positions;  keys: of key columns (score and pattern edits only)
     rows      rows of the batch (before beams are expanded); None is all
     strength  0 is no edit, 1 the full one, between and beyond by straight line; a number or one per head
@@ -28,8 +29,9 @@ from torch import Tensor
 from headwise.catalogue import Entry, register
 from headwise.errors import InputError
 from headwise.model import operations as op
-from headwise.model.positions import Positions, check_scope, checked_positions
+from headwise.model.positions import Positions, checked_positions
 from headwise.model.read import HeadLike, Point
+from headwise.model.scopes import Scope, parse_scope
 
 Variable = Literal["q", "k", "v", "score", "pattern", "z", "mlp", "residual_pre", "residual_post"]
 VARIABLES = ("q", "k", "v", "score", "pattern", "z", "mlp", "residual_pre", "residual_post")
@@ -58,7 +60,7 @@ class Edit:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
+        parse_scope(self.scope)
         object.__setattr__(self, "queries", checked_positions(self.queries, "queries"))
         object.__setattr__(self, "keys", checked_positions(self.keys, "keys"))
         if self.variable not in VARIABLES:
@@ -73,6 +75,11 @@ class Edit:
             raise InputError(f"a {self.variable} edit acts on key columns: use scope= (also span:NAME), not queries=")
         if not self.operation.serves(self.variable):
             raise InputError(f"edit.{self.name} does not act on {self.variable}")
+
+    @property
+    def when(self) -> Scope:
+        """The scope taken apart: where, and in a denoising loop at which steps and in which branch."""
+        return parse_scope(self.scope)
 
     @property
     def reads_other(self) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.errors import InputError
+from headwise.model.denoiser_example import denoiser_inputs, is_denoiser
 from headwise.model.run import named_arguments
 
 LENGTH = 24
@@ -30,6 +31,8 @@ def example_inputs(model: nn.Module, tokenizer: Any = None) -> dict[str, Any]:
     Raises:
         InputError: the configuration does not say enough.
     """
+    if is_denoiser(model):
+        return denoiser_inputs(model)
     main = getattr(model, "main_input_name", "input_ids")
     accepted = named_arguments(model, (), {})
     if main in ("input_ids", "inputs_embeds"):
@@ -124,9 +127,12 @@ def _with_pictures(model: nn.Module, text: Mapping[str, Tensor]) -> dict[str, An
 def _picture_forms(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """The ways in which models take one picture per row."""
     if "image_grid_thw" in named_arguments(model, (), {}):  # a list of flattened patches for all rows
-        vision = cast(Any, model).config.vision_config
-        merged, side = vision.spatial_merge_size, vision.patch_size
-        channels = next(getattr(vision, name) for name in ("in_channels", "in_chans") if hasattr(vision, name))
+        vision = getattr(cast(Any, model).config, "vision_config", None)
+        merged, side = getattr(vision, "spatial_merge_size", None), getattr(vision, "patch_size", None)
+        if not isinstance(merged, int) or not isinstance(side, int):
+            return
+        named = (getattr(vision, name, None) for name in ("in_channels", "in_chans", "num_channels"))
+        channels = next((number for number in named if number is not None), 3)
         grid = torch.tensor([[1, 2 * merged, 3 * merged]] * 2)
         values = channels * getattr(vision, "temporal_patch_size", 1) * side**2
         patches = _noise(model, int(grid.prod(dim=1).sum()), values)
@@ -149,7 +155,10 @@ def _tokens(model: nn.Module, length: int, seed: int) -> Tensor:
         vocabulary = None
     vocabulary = vocabulary or _config(model, "vocab_size")
     if vocabulary is None:
-        raise InputError(f"the vocabulary size of {type(model).__name__} is not known; pass example=...")
+        raise InputError(
+            f"{type(model).__name__} says no vocabulary size, so it is no model with attention whose inputs can be "
+            "made up; pass example={...}, inputs that it runs on, if it attends"
+        )
     special = {_config(model, name) for name in _SPECIAL}
     ordinary = torch.tensor([token for token in range(min(int(vocabulary), 4096)) if token not in special])
     picks = torch.randint(len(ordinary), (2, length), generator=torch.Generator().manual_seed(seed))
@@ -194,7 +203,8 @@ def _config(model: nn.Module, name: str) -> Any:
 
 
 def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    """Where inputs belong; parameters that are offloaded are nowhere between calls."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

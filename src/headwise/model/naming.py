@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from headwise.heads import MAIN, SiteId
+from headwise.model.run import parameter_names
 from headwise.model.site import Site
 
 _MODALITIES = {
@@ -31,6 +32,10 @@ _STRUCTURE = {
 }
 
 
+_U_NET = re.compile(r"(^|.*\.)(down_blocks|mid_block|up_blocks)\.")
+"""The parts of a U-Net, which one after the other are one sequence of blocks."""
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where a module lies: the lists of layers around it, outermost first, as (path of the list, index in it)."""
@@ -41,26 +46,41 @@ class _Place:
 
     @property
     def home(self) -> str:
+        if found := _U_NET.match(self.path):
+            return f"{found[1]}unet"
         return self.lists[0][0] if self.lists else self.path
+
+    @property
+    def of_u_net(self) -> bool:
+        return bool(self.lists) and _U_NET.match(self.path) is not None
+
+    @property
+    def innermost(self) -> str:
+        """Path of the element of the innermost list."""
+        path, index = self.lists[-1]
+        return f"{path}.{index}"
 
 
 def name_sites(model: nn.Module, found: Sequence[tuple[str, str]]) -> list[tuple[SiteId, str]]:
     """Label and tower of each site, given its module's path and its kind, in the order of calls.
 
     The layer is the index of the block in its list of layers; where lists are nested and the inner one holds several
-    attending blocks (stages), blocks are counted through. What falls on one label is told apart by `@call`.
+    attending blocks (stages), blocks are counted through, and so they are over the parts of a U-Net, in the order in
+    which they run. What falls on one label is told apart by `@call`.
     """
     places = [_place(model, path) for path, _ in found]
+    u_blocks = {path: layer for layer, path in enumerate(dict.fromkeys(p.innermost for p in places if p.of_u_net))}
     families: dict[tuple[str, str], list[int]] = {}
     for index, (place, (_, kind)) in enumerate(zip(places, found, strict=True)):
         families.setdefault((place.home, "cross" if kind == "cross" else "self"), []).append(index)
     stacks = _stack_names(model, {key: [places[i] for i in members] for key, members in families.items()})
     labels: dict[int, SiteId] = {}
     for key, members in families.items():
-        layer_of = _layers(model, [places[i] for i in members])
+        of_u_net = places[members[0]].of_u_net
+        layer_of = {} if of_u_net else _layers(model, [places[i] for i in members])
         taken: dict[int, int] = {}
         for index in members:
-            layer = layer_of[places[index].path]
+            layer = u_blocks[places[index].innermost] if of_u_net else layer_of[places[index].path]
             labels[index] = SiteId(stack=stacks[key], layer=layer, call=taken.get(layer, 0))
             taken[layer] = taken.get(layer, 0) + 1
     return [(labels[index], place.tower) for index, place in enumerate(places)]
@@ -75,6 +95,9 @@ def stack_blocks(model: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
         place = _place(model, site.module)
         if site.kind == "cross" or not place.lists:
             continue
+        if place.of_u_net:
+            blocks.setdefault(SiteId(stack=site.id.stack, layer=site.id.layer).label, place.innermost)
+            continue
         families.setdefault(place.home, []).append(place)
         stacks[place.home] = site.id.stack
     for home, places in families.items():
@@ -83,14 +106,23 @@ def stack_blocks(model: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
     return blocks
 
 
-def _place(model: nn.Module, path: str) -> _Place:
+def is_tower(module: nn.Module) -> bool:
+    """Whether a module lays tokens out for what is in it: a pretrained model, or a part that takes tokens itself.
+
+    A layer may be told the tokens beside the states that it works on; it lays out nothing.
+    """
     from transformers import PreTrainedModel
 
+    taken = parameter_names(type(module).forward)
+    return isinstance(module, PreTrainedModel) or ("input_ids" in taken and "hidden_states" not in taken)
+
+
+def _place(model: nn.Module, path: str) -> _Place:
     parts, lists, tower = path.split("."), [], ""
     for depth in range(len(parts)):
         prefix = ".".join(parts[:depth])
         module = model.get_submodule(prefix)
-        if isinstance(module, PreTrainedModel):
+        if is_tower(module):
             tower = prefix
         if isinstance(module, nn.ModuleList) and parts[depth].isdigit():
             lists.append((prefix, int(parts[depth])))
@@ -167,8 +199,10 @@ def _own_name(place: _Place) -> str:
         return "encoder"
     if "decoder" in words:
         return "decoder"
-    telling = [part for part in place.home.split(".") if not part.isdigit() and part not in _STRUCTURE]
-    return re.sub(r"\W", "_", telling[-1]).lower() if telling else "other"
+    telling = [part for part in place.home.split(".") if part and not part.isdigit() and part not in _STRUCTURE]
+    if not telling:
+        return "other"
+    return re.sub(r"\W", "_", re.sub(r"_transformer_blocks$", "", telling[-1])).lower()
 
 
 def _words(path: str) -> set[str]:

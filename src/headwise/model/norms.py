@@ -95,7 +95,10 @@ def measure_norm(name: str, module: nn.Module, x: Tensor, output: Tensor | None)
     kinds: tuple[NormKind, ...] = ("rms", "layer")
     with torch.no_grad():
         for kind in kinds:
-            affine = _affine(norm, kind, signs)
+            try:
+                affine = _affine(norm, kind, signs)
+            except (RuntimeError, ValueError):  # it does not take one position alone, as a norm of groups does not
+                return None
             eps = _eps(norm, kind, signs, affine.gain)
             if eps is not None:
                 expected = affine.gain * _standardise(probe, kind, eps) + affine.bias

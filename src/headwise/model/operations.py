@@ -71,6 +71,8 @@ class Here:
         chosen: `[batch, position]` positions where the result will be kept; None is all.
         keys: `[batch, key]` key columns chosen; None is all.
         visible: `[batch, head, query, key]`, for rows; `queries`: which of the call's queries the rows are.
+        forward: which forward of the run, or of the denoising loop; `step`: which step of the loop, None outside one.
+        chunk: which piece of its sequence this call is, where the module splits it.
         other: gives the second stream's tensor for the current one, to the first stream of a dual run.
     """
 
@@ -88,6 +90,9 @@ class Here:
     chosen: Bool[Tensor, "batch position"] | None = None
     keys: Bool[Tensor, "batch key"] | None = None
     visible: Bool[Tensor, "batch head query key"] | None = None
+    forward: int = 0
+    step: int | None = None
+    chunk: int = 0
     queries: Int[Tensor, "*batch query"] | None = None
     other: Callable[[], Tensor] | None = None
 

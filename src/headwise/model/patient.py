@@ -1,6 +1,7 @@
 """The model under examination: plain runs of it, plain hooks on it, and the heads drawn for edits.
 
-Nothing here goes through the seam or a plan: it is the second way that the doctor's checks are held against.
+Nothing here goes through the seam or a plan, but for the question what is refused: it is the second way that the
+doctor's checks are held against.
 """
 
 from __future__ import annotations
@@ -15,15 +16,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from headwise.errors import InputError
+from headwise.errors import InputError, Refusal
 from headwise.heads import Head, HeadSet, SiteId
+from headwise.model import read
 from headwise.model.example import placeholder_tokens
 from headwise.model.projection import first
 from headwise.model.run import named_arguments
 from headwise.model.site import Site
+from headwise.model.watching import Watching
 
 if TYPE_CHECKING:
     from headwise.model.attached import AttachedModel
+
+_ASKED_FOR: dict[str, Callable[..., read.Read]] = {
+    "v": read.v,
+    "rows": read.rows,
+    "qk": read.q,
+    "projection": read.write,
+}
+"""Capabilities by which a check reads at many sites at once, and the read."""
 
 SAMPLE = 4
 """Sites that are edited one at a time, so that the number of runs does not grow with the depth of the model."""
@@ -81,7 +92,12 @@ class Patient:
         return self.attached.example
 
     def sites(self, *capabilities: str) -> list[Site]:
-        return [site for site in self.attached.sites if all(site.capabilities[name] for name in capabilities)]
+        """The sites that have these capabilities, and on this example refuse none of them."""
+        return [
+            site
+            for site in self.attached.sites
+            if all(site.capabilities[name] and (site.id, name) not in self.refused for name in capabilities)
+        ]
 
     def heads(self, sites: Sequence[Site]) -> HeadSet:
         """The drawn head of each site."""
@@ -89,16 +105,44 @@ class Patient:
 
     def why_not(self, *capabilities: str) -> str:
         """Why no site has these capabilities."""
-        missing = [site.capabilities[name] for site in self.attached.sites for name in capabilities]
-        return "; ".join(dict.fromkeys(part.reason for part in missing if part.reason)) or "no site allows it"
+        asked = [(site, name) for site in self.attached.sites for name in capabilities]
+        reasons = [site.capabilities[name].reason or self.refused.get((site.id, name), "") for site, name in asked]
+        return "; ".join(dict.fromkeys(reason for reason in reasons if reason)) or "no site allows it"
+
+    @cached_property
+    def refused(self) -> dict[tuple[SiteId, str], str]:
+        """What sites that have a capability refuse on this example, with the words that they refuse it in.
+
+        A capability is measured site by site; whether tokens have names where a site reads them hangs on the run, too.
+        """
+        return {
+            (label, name): reason
+            for name, make in _ASKED_FOR.items()
+            for label, reason in self._refusals(make, [site for site in self.attached.sites if site.capabilities[name]])
+        }
+
+    def _refusals(self, make: Callable[..., Any], sites: Sequence[Site]) -> list[tuple[SiteId, str]]:
+        if not sites:
+            return []
+        try:
+            with self.attached.reading(make([site.id for site in sites], reduce=_nothing)):
+                self.run()
+        except Refusal as refusal:
+            if len(sites) == 1:
+                return [(sites[0].id, str(refusal))]
+            half = len(sites) // 2
+            return [*self._refusals(make, sites[:half]), *self._refusals(make, sites[half:])]
+        except Exception:  # what else goes wrong is for the check that meets it to tell
+            return []
+        return []
 
     @cached_property
     def text(self) -> dict[str, Tensor] | None:
         """Two rows of the example's tokens with their mask, where a decoder runs on tokens alone; no pictures."""
         ids, mask = self.inputs.get("input_ids"), self.inputs.get("attention_mask")
-        if getattr(self.model.config, "is_encoder_decoder", False) or not self.sites("cache"):
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False) or not self.sites("cache"):
             return None
-        if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or len(ids) < 2:
+        if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or ids.dim() != 2 or len(ids) < 2:
             return None
         marks = torch.tensor(placeholder_tokens(self.model), device=ids.device)
         return {"input_ids": torch.where(torch.isin(ids, marks), ids[:, -1:], ids), "attention_mask": mask}
@@ -127,11 +171,26 @@ class Patient:
 
     @contextmanager
     def seeing_projections(self, sites: Sequence[Site]) -> Iterator[dict[SiteId, tuple[Tensor, Tensor]]]:
-        """What enters and leaves the projections of `sites`, calls joined, each as `[row, width]`."""
+        """What enters and leaves the projections of `sites`, calls joined, each as `[row, width]`.
+
+        Where kinds of tokens are projected apart, both are joined as they stand in z; a kind that nothing projects is
+        left out.
+        """
         seen: dict[SiteId, tuple[Tensor, Tensor]] = {}
+        apart: dict[tuple[SiteId, str], list[Tensor]] = {}
+        paths = {id(self.model.get_submodule(path)): path for site in sites for path in site.takers}
 
         def see(module: nn.Module, site: Site, args: tuple[Any, ...], output: Any) -> None:
-            new = tuple(part.detach().reshape(-1, part.shape[-1]) for part in (args[0], first(output)))
+            parts = [part.detach() for part in (args[0], first(output))]
+            if site.by_span:
+                apart[site.id, paths[id(module)]] = parts
+                if not all((site.id, path) in apart for path in site.takers):
+                    return
+                kinds = [apart.pop((site.id, path)) for path in site.takers]
+                parts = [torch.cat(kind, dim=1) for kind in zip(*kinds, strict=True)]
+            if site.entering == "positions":
+                parts = [part.transpose(0, 1) for part in parts]
+            new = tuple(part.reshape(-1, part.shape[-1]) for part in parts)
             old = seen.get(site.id)
             seen[site.id] = (
                 (new[0], new[1]) if old is None else (torch.cat([old[0], new[0]]), torch.cat([old[1], new[1]]))
@@ -139,6 +198,17 @@ class Patient:
 
         with self._at_projections(sites, see, "register_forward_hook"):
             yield seen
+
+    @contextmanager
+    def without_biases(self, sites: Sequence[Site]) -> Iterator[None]:
+        """What the projections of `sites` return is less their bias, by plain hooks."""
+
+        def take_off(module: nn.Module, site: Site, args: tuple[Any, ...], output: Any) -> Tensor:
+            with torch.no_grad():
+                return first(output) - first(module.forward(torch.zeros_like(args[0])))
+
+        with self._at_projections(sites, take_off, "register_forward_hook"):
+            yield
 
     @contextmanager
     def multiplying(self, factors: Mapping[SiteId, float | Tensor]) -> Iterator[None]:
@@ -151,11 +221,37 @@ class Patient:
                 part = part * factor.to(part)
             else:  # NaN, which padding can hold, times 0 is not 0
                 part = part * factor if factor else torch.zeros_like(part)
-            return (args[0].index_copy(-1, columns, part), *args[1:])
+            changed = args[0].index_copy(-1, columns, part)
+            if not args[0].is_contiguous():  # another layout would be multiplied by another kernel, with other bits
+                changed = torch.empty_strided(
+                    args[0].shape, args[0].stride(), dtype=changed.dtype, device=changed.device
+                ).copy_(changed)
+            return (changed, *args[1:])
 
         sites = [site for site in self.attached.sites if site.id in factors]
         with self._at_projections(sites, cut, "register_forward_pre_hook"):
             yield
+
+    @contextmanager
+    def at_products(self, sites: Sequence[Site], change: Callable[[Site, Tensor], Tensor]) -> Iterator[None]:
+        """`change(site, z)` in place of the z that watched sites' own functions return, past any plan."""
+        own: dict[nn.Module, list[Site]] = {}
+        for site in self.attached.sites:
+            own.setdefault(self.model.get_submodule(site.module), []).append(site)
+        wanted, turns = {site.id for site in sites}, dict.fromkeys(own, -1)
+
+        def attend(base: Callable[..., Any], module: nn.Module, *args: Any, **options: Any) -> tuple[Any, ...]:
+            turns[module] += 1
+            site = own[module][turns[module] % len(own[module])]
+            z = base(module, *args, **options)[0]
+            return (change(site, z) if site.id in wanted else z,)
+
+        with self.attached.aside():
+            watching = Watching([self.model.get_submodule(site.module) for site in sites], attend)
+            try:
+                yield
+            finally:
+                watching.remove()
 
     @contextmanager
     def counting(self, paths: Iterable[str]) -> Iterator[dict[str, int]]:
@@ -197,9 +293,15 @@ class Patient:
             return noted
 
         own = {
-            str(site.projection): [s for s in self.attached.sites if s.projection == site.projection] for site in sites
+            path: [other for other in self.attached.sites if path in other.takers]
+            for site in sites
+            for path in site.takers
         }
         return _hooks(getattr(self.model.get_submodule(path), register)(hook(path, s)) for path, s in own.items())
+
+
+def _nothing(value: Any) -> None:
+    return None
 
 
 def sampled(sites: Sequence[Site], most: int = SAMPLE) -> list[Site]:
@@ -224,6 +326,14 @@ def columns_of(site: Site) -> Tensor:
     return torch.arange(site.n_heads * site.head_dim).reshape(site.n_heads, site.head_dim)
 
 
+def taken(x: Float[Tensor, "batch position *others"], site: Site, n_taken: int) -> Tensor:
+    """`[row, ...]` of the positions whose z is taken in, `n_taken` rows: not all where nothing takes one kind's in."""
+    positions = n_taken // len(x)
+    if site.by_span and site.spans[0].projection is None:
+        return x[:, x.shape[1] - positions :].flatten(0, 1)
+    return x[:, :positions].flatten(0, 1) if site.by_span else x.flatten(0, 1)
+
+
 def slices_of(entering: Float[Tensor, "row width"], site: Site) -> Float[Tensor, "row head head_dim"]:
     """Each head's slice of what enters a projection."""
     return entering[:, columns_of(site).to(entering.device)]
@@ -239,15 +349,20 @@ def main_output(output: Any) -> Tensor:
         value = getattr(output, name, None)
         if isinstance(value, Tensor):
             return value
-    values: Any = [output]
-    if isinstance(output, Mapping):
-        values = output.values()
-    elif isinstance(output, (tuple, list)):
-        values = output
-    found = next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
+    found = next(_floating(output), None)
     if found is None:
         raise InputError(f"the model returned {type(output).__name__} without a tensor that runs could be compared by")
     return found
+
+
+def _floating(output: Any) -> Iterator[Tensor]:
+    """Floating tensors of an output, in order, also those inside lists of its own."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, (Mapping, tuple, list)):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from _floating(value)
 
 
 def same(a: Tensor, b: Tensor) -> bool:

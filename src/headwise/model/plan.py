@@ -13,17 +13,21 @@ from headwise.heads import SiteId
 from headwise.model import edit as edits_module
 from headwise.model import read as reads_module
 from headwise.model.capture import Captured, Fired, Opened
+from headwise.model.compiled import hint
+from headwise.model.denoising import Denoising, require_loop
 from headwise.model.edit import Edit
 from headwise.model.operations import Layout, check_value
-from headwise.model.positions import Positions, SpanRows, checked_span
+from headwise.model.positions import SpanRows, checked_span
 from headwise.model.read import Read
+from headwise.model.requirements import require_block, require_edit, require_read, require_scope, require_span
+from headwise.model.scopes import Scope
 from headwise.model.site import Site
-from headwise.model.sublayers import Block
 from headwise.model.table import SiteTable, Want
 
 if TYPE_CHECKING:
     from headwise.model.dual import Dual
 
+AT_PROJECTION = frozenset({"z_projection", "gate_projection", "write"})
 FINAL = SiteId(layer=0)  # where the final norm's scale is filed
 
 
@@ -39,6 +43,7 @@ class Placed:
     count: int = 1
     captured: Captured | None = None
     calls: int = 0
+    came: bool = False  # whether its steps and its branch have come
     positions: list[int | Tensor] = field(default_factory=list)
 
     def met(self, positions: int | Tensor) -> None:
@@ -49,6 +54,11 @@ class Placed:
     def key(self) -> tuple[int, SiteId]:
         """What stays the same when the plan is made anew around an inner block."""
         return id(self.request), self.site
+
+    @property
+    def when(self) -> Scope:
+        when: Scope = self.request.when
+        return when
 
     def reset(self) -> None:
         self.calls = 0
@@ -76,8 +86,30 @@ class Operations:
     edits: dict[str, list[Placed]] = field(default_factory=dict)
     reads: dict[str, list[Placed]] = field(default_factory=dict)
 
-    def all(self) -> list[Placed]:
-        return [placed for table in (self.edits, self.reads) for listed in table.values() for placed in listed]
+    @property
+    def at_kernel(self) -> bool:
+        """Whether anything is to be done at the attention call itself, and not only where z enters its projection."""
+        return bool({*self.edits, *self.reads} - AT_PROJECTION)
+
+    def now(self, denoising: Denoising | None, variables: Callable[[str], bool]) -> Operations:
+        """What is to be done in this step and branch of a loop; what else there is of `variables` met no position."""
+        if denoising is None or not any(
+            p.when.timed for ps in (*self.edits.values(), *self.reads.values()) for p in ps
+        ):
+            return self
+
+        def chosen(listed: Mapping[str, list[Placed]]) -> dict[str, list[Placed]]:
+            kept: dict[str, list[Placed]] = {}
+            for variable, all_placed in listed.items():
+                for placed in all_placed:
+                    if denoising.holds(placed.when):
+                        placed.came = True
+                        kept.setdefault(variable, []).append(placed)
+                    elif variables(variable):
+                        placed.met(0)
+            return kept
+
+        return Operations(chosen(self.edits), chosen(self.reads))
 
 
 @dataclass(eq=False)
@@ -91,8 +123,14 @@ class Layer:
     strict: bool
     opened: Opened
     dual: Dual | None = None
+    denoising: Denoising | None = None
     opened_at: int = 0  # how many runs the model had made when the block was entered
     settled: set[tuple[int, SiteId]] = field(default_factory=set)  # what fired in the block, or was reported
+    came: set[tuple[int, SiteId]] = field(default_factory=set)  # whose steps and branch came
+    broken_off: bool = False  # whether a run ended in an error of its own, so that a loop did not come to its end
+    tallies: dict[tuple[int, SiteId], tuple[int, list[int | Tensor]]] = field(
+        default_factory=dict
+    )  # of the loop so far
 
 
 class Plan:
@@ -113,9 +151,17 @@ class Plan:
         lengths = [layer.prompt_length for layer in layers if layer.prompt_length is not None]
         self.prompt_length = lengths[-1] if lengths else None
         self._table = table
+        own_spans = {kind for site in table.sites for kind in (*site.kinds, *site.key_spans)}
+        if taken := sorted(own_spans & self.spans.keys()):
+            raise InputError(
+                f"a span cannot be named {taken[0]!r}, which this model's own tokens are called; rename it"
+            )
+        self._known_spans = own_spans | self.spans.keys()
         self._dual = any(layer.dual is not None for layer in layers)
+        self.denoising = next((layer.denoising for layer in layers if layer.denoising is not None), None)
         # Kept here and not in the layers: a plan that is refused must leave the open one, with the same layers, alone.
         self._placed: list[tuple[Layer, Placed]] = []
+        self.lost: dict[SiteId, str] = {}  # what ran at a watched site without becoming a call, and why
         for layer in self.layers:
             for edit in layer.edits:
                 self._place_edit(edit, layer)
@@ -126,8 +172,16 @@ class Plan:
         for _, placed in self._placed:
             placed.reset()
         for layer in self.layers:
+            layer.tallies.clear()
             for captured in layer.opened.captures.values():
                 captured.clear()
+                captured.looped = self.denoising is not None
+
+    def go_on(self) -> None:
+        """The next call of a denoising loop: counts and values are the loop's, also if blocks were opened since."""
+        for layer, placed in self._placed:
+            calls, positions = layer.tallies.get(placed.key, (0, []))
+            placed.calls, placed.positions = calls, list(positions)
 
     def finish_run(self, reached: Callable[[SiteId], bool]) -> None:
         """Report what fired; `reached(site)` says whether the run was meant to come by a site.
@@ -140,33 +194,58 @@ class Plan:
         for layer, placed in self._placed:
             if placed.calls:
                 layer.settled.add(placed.key)
+            if placed.came:
+                layer.came.add(placed.key)
+            layer.tallies[placed.key] = (placed.calls, list(placed.positions))
         for layer, placed in self._placed:
             if not placed.calls and reached(placed.site):
                 self.excuse()
-                raise NotFired(_did_not_fire(placed, "run"))
-            if layer.strict and placed.fired().positions == 0 and reached(placed.site):
+                raise NotFired(self._did_not_fire(placed, "run"))
+            if self.denoising is None and layer.strict and not placed.fired().positions and reached(placed.site):
                 raise NotFired(f"{placed.fired().what} met no position at {placed.site.label} (strict=True)")
 
     def excuse(self) -> None:
         """A run ended in an error of its own: what it did not come to is not reported a second time."""
         for layer, placed in self._placed:
             layer.settled.add(placed.key)
+            layer.broken_off = True
 
     def finish_layer(self, layer: Layer) -> None:
         """A block ends: runs of parts of the model (an encoder, say) may each have been in order and left sites out.
 
         Raises:
-            NotFired: a site that the block asked for ran in none of them.
+            NotFired: a site that the block asked for ran in none of them; or steps or a branch of a loop never came.
         """
         for owner, placed in self._placed:
-            if owner is layer and placed.key not in layer.settled:
-                raise NotFired(_did_not_fire(placed, "block"))
+            if owner is not layer:
+                continue
+            if placed.key not in layer.settled:
+                raise NotFired(self._did_not_fire(placed, "block"))
+            if self.denoising is None or layer.broken_off:
+                continue
+            if placed.when.timed and placed.key not in layer.came:
+                raise NotFired(f"{placed.fired().what} did not fire: {self.denoising.why_never(placed.when)}")
+            if layer.strict and not sum(map(int, layer.tallies[placed.key][1])):
+                raise NotFired(f"{placed.fired().what} met no position at {placed.site.label} (strict=True)")
+
+    def _did_not_fire(self, placed: Placed, where: str) -> str:
+        what, label = placed.fired().what, placed.site.label
+        if placed.site in self.lost:
+            return (
+                f"{what} did not fire: {label} ran in this {where}, and not as in the probe forward "
+                f"({self.lost[placed.site]}); attach with an example= like these inputs, to see what can be served"
+            )
+        return (
+            f"{what} did not fire: {label} never ran in this {where} "
+            f"(did the input reach that part of the model?){hint()}"
+        )
 
     # -- edits ------------------------------------------------------------------------------------------------------
 
     def _place_edit(self, edit: Edit, layer: Layer) -> None:
-        for name in (edit.scope, edit.queries, edit.keys, getattr(edit.operation, "to", None)):
-            self._require_span(name)
+        for name in (edit.when.place, edit.queries, edit.keys, getattr(edit.operation, "to", None)):
+            require_span(name, self._known_spans)
+        require_loop(self.denoising, edit.when, repr(edit))
         if edit.stream == "second" and not self._dual:
             raise InputError(f"{edit!r} is for the second stream; open one with model.dual(...)")
         if edit.reads_other and not self._dual:
@@ -195,7 +274,7 @@ class Plan:
                 )
         places = {label: slot for slot, label in enumerate(chosen.labels)}
         for site in sites:
-            self._require_edit(site, edit)
+            require_edit(site, edit)
             heads = chosen.at(site.id)
             names = tuple(member.label for member in chosen if member.site == site.id)
             slots = tuple(places[name] for name in names)
@@ -212,36 +291,21 @@ class Plan:
         for value in (*edit.operation.values, edit.strength):
             check_value(value, names, {site.d_model for site in sites if site.d_model}, "values", f"edit.{edit.name}")
         for slot, (block, label) in enumerate(zip(blocks, labels, strict=True)):
-            self._require_block(block, edit.variable)
-            self._require_scope(next(site for site in sites if site.id.stack == label.stack), edit, block.label)
+            require_block(block, edit.variable)
+            require_scope(next(site for site in sites if site.id.stack == label.stack), edit, block.label)
             placed = Placed(edit, label, (0,), (block.label,), (slot,), len(blocks))
             self._file(self.blocks, label, "edits", edit.variable, placed, layer)
-
-    def _require_span(self, name: Positions) -> None:
-        if isinstance(name, str) and name.startswith("span:") and name.removeprefix("span:") not in self.spans:
-            known = ", ".join(sorted(self.spans)) or "none"
-            raise InputError(
-                f"{name!r}: no such span was given (spans given: {known}); pass spans={{...}} with the block"
-            )
-
-    def _require_edit(self, site: Site, edit: Edit) -> None:
-        if edit.variable in edits_module.ROW_VARIABLES:
-            _require(site, "rows", f"edit.{edit.name} on {edit.variable}", "z edits still work")
-        if edit.variable == "z":
-            _require(site, "separable", f"edit.{edit.name} on z", "reads and pattern edits still work")
-            _require(site, "projection", f"edit.{edit.name} on z", "reads and pattern edits still work")
-        self._require_scope(site, edit, site.label)
-
-    def _require_scope(self, site: Site, edit: Edit, label: str) -> None:
-        if edit.scope == "decode" and not site.capabilities["cache"]:
-            raise InputError(
-                f"scope='decode' has no meaning at {label}: {site.capabilities['cache'].reason}; use scope='all'"
-            )
 
     # -- reads ------------------------------------------------------------------------------------------------------
 
     def _place_read(self, read: Read, layer: Layer) -> None:
-        self._require_span(read.queries)
+        require_span(read.queries, self._known_spans)
+        require_loop(self.denoising, read.when, f"read.{read.name}")
+        if read.when.branch is not None and self.denoising is not None and self.denoising.guidance == "batch":
+            raise Refusal(
+                f"read.{read.name}: with guidance='batch' the branches are rows of one call, and reads keep all rows; "
+                f"leave {read.scope!r} out and take the branch's rows of what was read"
+            )
         captured = layer.opened.captures.get(read.name)
         if captured is not None and captured.read is not read:
             raise InputError(f"two reads are named {read.name!r}; give one of them name='...'")
@@ -253,7 +317,7 @@ class Plan:
             heads = {SiteId.parse(block.label): (0,) for block in blocks}
             captured = self._capture(read, heads, layer)
             for block in blocks:
-                self._require_block(block, read.variable)
+                require_block(block, read.variable)
                 label = SiteId.parse(block.label)
                 placed = Placed(read, label, (0,), captured=captured)
                 self._file(self.blocks, label, "reads", read.variable, placed, layer)
@@ -263,29 +327,25 @@ class Plan:
         captured = self._capture(read, {site: chosen.at(site) for site in chosen.sites}, layer)
         for label in chosen.sites:
             site = self._table.site(label)
-            self._require_read(site, read)
+            require_read(site, read, self._known_spans)
             placed = Placed(read, label, chosen.at(label), captured=captured)
             variable = read.variable
             if variable in ("z", "gate") and at_projection(site, read.point):
                 variable += "_projection"
+            if variable == "write" and site.by_span:
+                variable = "write_by_span"
             self._file(self.sites, label, "reads", variable, placed, layer)
 
     def _capture(self, read: Read, heads: Mapping[SiteId, tuple[int, ...]], layer: Layer) -> Captured:
         """Where a read's values go; the same place when the plan is made anew around an inner block."""
         return layer.opened.captures.setdefault(read.name, Captured(read, heads))
 
-    def _require_read(self, site: Site, read: Read) -> None:
-        if read.variable in ("scores", "rows", "statistics"):
-            _require(site, "rows", f"read.{read.variable}", "read.z still works")
-        if read.variable == "write" or (read.variable in ("z", "gate") and read.point == "post_gate"):
-            _require(site, "separable", f"read.{read.variable}", "read.z(point='pre_gate') still works")
-        for name in read.spans:
-            if name not in self.spans:
-                raise InputError(f"read.statistics wants span {name!r}, and spans= does not give it")
-
     def _place_final(self, read: Read, layer: Layer) -> None:
         if "main" not in self._table.sublayers.final_norms:
-            raise Refusal("read.final_scale: no final norm was found after the last block of the main stack")
+            raise Refusal(
+                "read.final_scale: no final norm was found after the last block of the main stack (one that is "
+                "offloaded is not measured: keep it in memory, by device_map)"
+            )
         captured = self._capture(read, {FINAL: (0,)}, layer)
         placed = Placed(read, FINAL, (0,), captured=captured)
         self.final.reads.setdefault("final_scale", []).append(placed)
@@ -305,35 +365,12 @@ class Plan:
         getattr(table.setdefault(label, Operations()), kind).setdefault(variable, []).append(placed)
         self._placed.append((layer, placed))
 
-    def _require_block(self, block: Block, variable: str) -> None:
-        if block.calls > 1:
-            raise Refusal(
-                f"{block.label} runs {block.calls} times in one forward (layers that share their weights), so its "
-                f"{variable} has no one value; reads and edits of heads tell the calls apart (L0, L0@1, ...)"
-            )
-        if variable == "mlp" and block.mlp is None:
-            raise Refusal(
-                f"{block.label} has no feed-forward write to act on: {block.reasons.get('mlp', 'none found')}"
-            )
-        if variable != "mlp" and not block.residual:
-            raise Refusal(
-                f"{block.label} has no residual stream to act on: {block.reasons.get('residual', 'none found')}"
-            )
-
 
 def at_projection(site: Site, point: str) -> bool:
-    """Whether z is taken at the output projection's input rather than from the kernel's output."""
-    return site.gated and point == "post_gate"
+    """Whether z is taken at the output projection's input rather than from the kernel's output.
 
-
-def _did_not_fire(placed: Placed, where: str) -> str:
-    return (
-        f"{placed.fired().what} did not fire: {placed.site.label} never ran in this {where} "
-        "(did the input reach that part of the model?)"
-    )
-
-
-def _require(site: Site, capability: str, what: str, instead: str) -> None:
-    found = site.capabilities[capability]
-    if not found:
-        raise Refusal(f"{what} cannot be served at {site.label}: {found.reason}; {instead}")
+    Where both hold the same values, the projection's hook is what a watched site is served by at full speed.
+    """
+    if site.gated:
+        return point == "post_gate"
+    return site.route == "watched" and site.projection is not None

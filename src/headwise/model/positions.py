@@ -183,7 +183,11 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The stretch of a frame's columns that one call sees: queries `start..start+length`, keys from `offset` on."""
+    """The stretch of a frame's columns that one call sees: queries `start..start+length`, keys from `offset` on.
+
+    Keys that are `joined` hold something else beside the frame's own columns (states of an encoder, a summary of what
+    left the window), so none of them has a name.
+    """
 
     frame: Frame
     start: int
@@ -191,14 +195,20 @@ class Window:
     offset: int
     n_keys: int
     cross: bool = False
+    joined: bool = False
 
     @property
     def key_frame(self) -> Frame:
         """The frame that key columns are counted in: the encoder's for cross-attention.
 
         Raises:
-            Refusal: cross-attention whose source sequence was not seen in this run.
+            Refusal: cross-attention whose source sequence was not seen in this run; keys that are `joined`.
         """
+        if self.joined:
+            raise Refusal(
+                "its keys are not the tokens of its own sequence alone, so key columns have no names; leave keys=, "
+                "to= and scopes of k and v out"
+            )
         if not self.cross:
             return self.frame
         if self.frame.source is None:
@@ -208,14 +218,14 @@ class Window:
         return self.frame.source
 
     @staticmethod
-    def of_call(frame: Frame, n_queries: int, n_keys: int, cross: bool) -> Window:
+    def of_call(frame: Frame, n_queries: int, n_keys: int, cross: bool, joined: bool = False) -> Window:
         """Place a call's queries and keys among the frame's columns.
 
         Keys that are fewer than the columns so far belong to a sliding-window cache, whose last key is the newest;
         keys that are more belong to a static cache, whose unused end is masked.
         """
-        offset = 0 if cross else max(0, frame.total - n_keys)
-        return Window(frame, frame.past, n_queries, offset, n_keys, cross)
+        offset = 0 if cross or joined else max(0, frame.total - n_keys)
+        return Window(frame, frame.past, n_queries, offset, n_keys, cross, joined)
 
     def queries(self, chosen: Bool[Tensor, "batch column"] | None) -> Bool[Tensor, "batch query"] | None:
         return None if chosen is None else chosen[:, self.start : self.start + self.length]

@@ -19,12 +19,16 @@ def heads_of(entering: Tensor, site: Site, rows: int, positions: int) -> Float[T
             f"{site.label}: its projection was given {flat.shape[0]} positions, its attention {rows} x {positions}"
         )
     if site.columns is not None:
-        return flat[:, site.columns.to(flat.device)].reshape(rows, positions, site.n_heads, site.head_dim)
+        flat = flat[:, site.columns.to(flat.device)].flatten(1)
+    if site.entering == "positions":
+        return flat.reshape(positions, rows, site.n_heads, site.head_dim).transpose(0, 1)
     return flat.reshape(rows, positions, site.n_heads, site.head_dim)
 
 
 def join_heads(z: Float[Tensor, "batch position head head_dim"], like: Tensor, site: Site) -> Tensor:
     """Inverse of `heads_of`: the projection's input in the layout it came in."""
+    if site.entering == "positions":
+        z = z.transpose(0, 1).contiguous()  # as it came: a matrix product of other strides rounds otherwise
     if site.columns is None:
         return z.reshape(like.shape)
     columns = site.columns.reshape(-1).to(z.device)
@@ -35,16 +39,24 @@ def join_heads(z: Float[Tensor, "batch position head head_dim"], like: Tensor, s
 def head_weights(projection: nn.Module, site: Site) -> Float[Tensor, "head head_dim d_model"]:
     """W_O of every head: `write_h = z_h @ W_O[h]`.
 
-    Taken from the weight where it is an ordinary matrix, else measured by passing unit vectors through the module
-    (quantised or wrapped projections).
+    Taken from the weight where it is an ordinary matrix that is in memory, else measured by passing unit vectors
+    through the module (quantised, wrapped or offloaded projections).
     """
     width = site.n_heads * site.head_dim
     columns = torch.arange(width) if site.columns is None else site.columns.reshape(-1)
     weight = getattr(projection, "weight", None)
     # By identity: a LoRA layer is called Linear, too, and its weight is only the frozen part of what it does.
-    plain = type(projection) in (nn.Linear, Conv1D) and isinstance(weight, nn.Parameter)
+    ordinary = type(projection) in (nn.Linear, Conv1D) and isinstance(weight, nn.Parameter)
     matrix: Tensor
-    if plain and weight is not None and weight.dim() == 2 and weight.is_floating_point() and not weight.is_meta:
+    # Packed numbers can come as a kind of tensor of their own inside a Linear.
+    if (
+        ordinary
+        and isinstance(weight, Tensor)
+        and type(weight.data) is Tensor
+        and weight.dim() == 2
+        and weight.is_floating_point()
+        and not weight.is_meta
+    ):
         matrix = weight if type(projection) is Conv1D else weight.T
     else:
         matrix = _measured(projection, width)
@@ -56,7 +68,7 @@ def write_of(
 ) -> Float[Tensor, "batch position head d_model"]:
     """z_h W_O^h of the chosen heads (z holds just those)."""
     weights = head_weights(projection, site)[list(heads)]
-    return torch.einsum("bphd,hdo->bpho", z, weights.to(z.dtype))
+    return torch.einsum("bphd,hdo->bpho", z, weights.to(z))
 
 
 def first(output: object) -> Tensor:
@@ -66,7 +78,9 @@ def first(output: object) -> Tensor:
 def _measured(projection: nn.Module, width: int) -> Tensor:
     parameter = next((p for p in projection.parameters() if p.is_floating_point()), None)
     dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
-    device = next((p.device for p in projection.parameters()), torch.device("cpu"))
+    device = next((p.device for p in projection.parameters() if not p.is_meta), None)
+    if device is None:  # offloaded between calls: its forward, called below, fetches the weight to where it runs
+        device = getattr(getattr(projection, "_hf_hook", None), "execution_device", None)
     with torch.no_grad():
-        units = torch.eye(width, dtype=dtype, device=device)
+        units = torch.eye(width, dtype=dtype, device="cpu" if device is None else device)
         return first(projection.forward(units)) - first(projection.forward(torch.zeros_like(units[:1])))

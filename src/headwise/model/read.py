@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from headwise.errors import InputError
 from headwise.model.positions import Positions, checked_positions
+from headwise.model.scopes import Scope, parse_scope
 from headwise.model.statistics import STATISTICS
 
 Point = Literal["post_gate", "pre_gate"]
@@ -51,6 +52,7 @@ class Read:
         grad: keep the gradient at this point too; it is there after `backward()`.
         name: attribute of the reading under which the result is found.
         wanted, spans: for statistics: which, and the names of the spans whose mass is wanted.
+        scope: in a denoising loop, the steps (`steps:0-9`) or the branch (`branch:NAME`) to read in.
     """
 
     variable: str
@@ -62,6 +64,12 @@ class Read:
     grad: bool = False
     wanted: frozenset[str] = frozenset()
     spans: tuple[str, ...] = ()
+    scope: str = "all"
+
+    @property
+    def when(self) -> Scope:
+        """The scope taken apart: at which steps and in which branch."""
+        return parse_scope(self.scope)
 
 
 def q(heads: HeadLike = None, **options: Any) -> Read:
@@ -169,7 +177,7 @@ def final_scale(**options: Any) -> Read:
 
 
 def _read(variable: str, heads: HeadLike, options: dict[str, Any]) -> Read:
-    allowed = {"queries", "reduce", "grad", "name"} | OWN_OPTIONS.get(variable, frozenset())
+    allowed = {"queries", "reduce", "grad", "name", "scope"} | OWN_OPTIONS.get(variable, frozenset())
     if variable in WITHOUT_GRADIENT:
         allowed.remove("grad")
     unknown = sorted(set(options) - allowed)
@@ -182,4 +190,8 @@ def _read(variable: str, heads: HeadLike, options: dict[str, Any]) -> Read:
     if not str(name).isidentifier() or name in RESERVED_NAMES:
         raise InputError(f"name={name!r} cannot be an attribute of a reading; give a plain word of your own")
     queries = checked_positions(options.get("queries"), "queries")
+    if parse_scope(options.get("scope", "all")).place != "all":
+        raise InputError(
+            f"scope={options['scope']!r}: a read takes positions as queries=, and as scope= steps or a branch"
+        )
     return Read(variable, **{"name": variable, **options, "queries": queries}, heads=heads)

@@ -7,6 +7,8 @@ through q, k and v:
     s_ij = softcap(q_i . k_j * scale) + position_bias_ij + mask_ij,    softcap(x) = c * tanh(x / c)
     p_ij = exp(s_ij) / (sum_j exp(s_ij) + exp(sink))
 
+A model that takes the softmax in code of its own shows its s_ij, and then these are what the rows are made of.
+
 Rules read in transformers 5.23: `integrations/sdpa_attention.py`, `flex_attention.py`, `flash_attention.py` with
 `modeling_flash_attention_utils.py`, and the eager functions of `models/*/modeling_*.py`. What these rules cannot
 rebuild is refused with the reason; whether they hold on a given model is measured when it is attached.
@@ -29,6 +31,9 @@ from headwise.model.calls import AttentionCall
 
 # Every way models write "masked" lies below this: -inf, the minimum of any float type, also one cast from fp16, -1e9.
 MASKED_BELOW = torch.finfo(torch.float16).min / 2
+
+# Some older models hide keys by adding -1e4 to scores of their own. No score of a model comes near it.
+OWN_MASKED_BELOW = -9e3
 
 KernelFamily = Literal["eager", "sdpa", "flex", "flash", "other"]
 
@@ -80,6 +85,9 @@ def score_rows(
     if queries.ndim == 2 and len(queries) != n_rows:
         raise InputError(f"queries has {len(queries)} rows, expected one per row of the batch, {n_rows}")
 
+    if call.own_scores is not None:
+        own = _select(call.own_scores, heads, queries).to(_row_dtype(call))
+        return ScoreRows(own.masked_fill(own <= OWN_MASKED_BELOW, -torch.inf), None)
     # Under autocast the product would silently be in half precision.
     with torch.autocast(call.query.device.type, enabled=False):
         query = _select(call.query.expand(n_rows, -1, -1, -1), heads, queries).to(_row_dtype(call))

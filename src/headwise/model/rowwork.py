@@ -221,7 +221,10 @@ def _read_statistics(call: AttentionCall, placed: Placed, edits: Sequence[Placed
     else:
         query_columns = torch.arange(window.start, window.start + n_queries, device=device)
         key_columns = torch.arange(window.offset, window.offset + n_keys, device=device)
-        first_key = window.key_frame.first
+        # Cross-attention may read a sequence whose columns have no names; then only what hangs on them is refused.
+        of_columns = {"sink_mass", "top1", "mean_distance"} if window.joined else {"sink_mass"}
+        named = of_columns & placed.read.wanted or placed.read.spans
+        first_key = window.key_frame.first if named else torch.zeros(n_rows, dtype=torch.long, device=device)
         valid = window.queries(window.frame.attended)
         spans = {name: window.keys(window.key_frame.span(name)) for name in placed.read.spans}
     statistics = row_statistics(

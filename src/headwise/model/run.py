@@ -16,6 +16,7 @@ from headwise.heads import SiteId
 from headwise.model.plan import Plan
 from headwise.model.positions import Frame, Window
 from headwise.model.site import Site
+from headwise.model.spans import TEXT, own_spans
 
 Stream = Literal["first", "second", "both", "unparted"]
 Place = tuple[SiteId, str, str, tuple[int, int, int]]  # site, variable and point, and which call of the run
@@ -67,6 +68,7 @@ class Run:
         frames: the latest frame of each tower, by qualified name.
         passes: how often each tower ran within the current forward of the outermost module.
         shapes: rows and positions of the latest call of each site, for hooks further down.
+        lengths: of joint attention, how many tokens of each kind its latest call was given.
         calls: by tower, how often each of its modules attended in the tower's current pass.
         replays: the same for a recomputed forward (gradient checkpointing), which overwrites what the first one left.
     """
@@ -87,6 +89,7 @@ class Run:
     frames: dict[str, Frame | None] = field(default_factory=dict)
     passes: dict[str, int] = field(default_factory=dict)
     shapes: dict[SiteId, tuple[int, int]] = field(default_factory=dict)
+    lengths: dict[SiteId, Mapping[str, int]] = field(default_factory=dict)
     calls: dict[str, dict[int, int]] = field(default_factory=dict)
     replays: dict[int, int] = field(default_factory=dict)
 
@@ -117,14 +120,47 @@ class Run:
             return self.open.pop()
         return None
 
-    def window(self, site: Site, n_rows: int, n_queries: int, n_keys: int) -> Window | None:
+    def window(self, site: Site, n_rows: int, n_queries: int, n_keys: int, device: torch.device) -> Window | None:
         """Where a call's queries and keys stand; None if the tower lays its tokens out in another way."""
+        if site.spans:
+            return self._window_of_its_own(site, n_rows, n_queries, n_keys, device)
         frame = self.frames.get(site.tower)
         if frame is None or site.chunked or (frame.batch * self.streams, frame.length) != (n_rows, n_queries):
             return None
         if site.kind == "self" and n_keys < frame.length:
             return None
-        return Window.of_call(frame, n_queries, n_keys, cross=site.kind != "self")
+        joined = site.kind == "self" and not self._all_its_own(site.tower, frame, n_keys)
+        return Window.of_call(frame, n_queries, n_keys, cross=site.kind == "cross", joined=joined)
+
+    def _all_its_own(self, tower: str, frame: Frame, n_keys: int) -> bool:
+        """Whether a self-attention call sees columns of its tower and nothing else, by how many keys there are."""
+        if n_keys == frame.total:
+            return True
+        opening = next((o for o in reversed(self.open) if o.frame is frame), None)
+        cache = None if opening is None else opening.arguments.get("past_key_values")
+        return n_keys in windowed_lengths(cache, frame.past, frame.length)
+
+    def _window_of_its_own(
+        self, site: Site, n_rows: int, n_queries: int, n_keys: int, device: torch.device
+    ) -> Window | None:
+        """In a denoiser every site counts its positions for itself: resolutions differ, and kinds of tokens join."""
+        n_rows, cross = n_rows // self.streams, site.kind == "cross"
+
+        def framed(names: tuple[str, ...], length: int, source: Frame | None) -> Frame | None:
+            lengths = {names[0]: length} if len(names) == 1 else self.lengths.get(site.id)
+            if lengths is None or sum(lengths.values()) != length:
+                return None
+            attended = None
+            if names == (TEXT,) and self.open:
+                attended = attended_columns(self.open[0].arguments.get("encoder_attention_mask"), n_rows, length)
+            spans = own_spans(names, lengths, self.plan.spans)
+            return Frame(
+                0, length, n_rows, device, attended, length, spans=spans, items=self.items(n_rows), source=source
+            )
+
+        source = framed(site.key_spans, n_keys, None) if cross else None
+        frame = framed(site.kinds, n_queries, source)
+        return None if frame is None else Window.of_call(frame, n_queries, n_keys, cross)
 
     def count(self, tower: str, module: nn.Module, replay: bool) -> int:
         """How many calls of `module` came before this one in the current pass of its tower."""
@@ -222,9 +258,27 @@ def cached_length(cache: Any) -> int:
     return int(cache.get_seq_length())
 
 
+def windowed_lengths(cache: Any, past: int, length: int) -> set[int]:
+    """How many keys the layers of a cache that are not plain (sliding, or of fixed size) hand to a call."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    found = set()
+    for layer in getattr(cache, "layers", ()):
+        ask = getattr(layer, "get_max_length", None) or getattr(layer, "get_max_cache_shape", None)
+        longest = None if ask is None else ask()
+        if longest is None or longest < 0:
+            continue
+        if getattr(layer, "is_sliding", False):
+            found.add(min(past + length, longest - 1 + length))
+        found.add(longest)
+    return found
+
+
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """A forward's arguments by name; names that were not passed but exist are there as None."""
     names = parameter_names(type(module).forward)
+    wrapped = getattr(module, "get_base_model", None)
+    if not names and callable(wrapped):  # PEFT's plainest wrapper names none and hands all of them on
+        names = parameter_names(type(wrapped()).forward)
     named: dict[str, Any] = dict.fromkeys(names)
     named.update(zip(names, args, strict=False))
     named.update(kwargs)

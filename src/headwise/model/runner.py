@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from headwise.errors import InputError, NotFired, PlanConflict
+from headwise.errors import InputError, NotFired, PlanConflict, Refusal
 from headwise.model import seam
 from headwise.model.capture import Opened
+from headwise.model.compiled import hint, leave_graph
+from headwise.model.denoiser_example import is_denoiser
 from headwise.model.engine import Engine, in_backward
 from headwise.model.plan import Layer, Plan
-from headwise.model.run import Opening, Run
+from headwise.model.run import Opening, Run, named_arguments
 from headwise.model.site import Site
 from headwise.model.table import SiteTable
 
@@ -44,6 +46,7 @@ class Runner:
         for site in table.sites:
             key = id(model.get_submodule(site.module))
             self._sites_by_module[key] = (*self._sites_by_module.get(key, ()), site)
+        self._processors = {site.module: _processor_of(model.get_submodule(site.module)) for site in table.sites}
         self._lock = threading.RLock()
         self._layers: list[Layer] = []
         self._owner: int | None = None
@@ -82,6 +85,12 @@ class Runner:
             self._refuse_conflicts()
             if layer.dual is not None and self._dual is not None:
                 raise PlanConflict("a dual run is open already; two streams are all there are")
+            if layer.denoising is not None and self._layers and self._engine is not None:
+                self._refuse_second_loop()
+            if layer.dual is not None and any(open.denoising is not None for open in self._layers):
+                raise Refusal(
+                    "a dual run doubles the batch, whose rows are branches in a denoising loop; open one of both"
+                )
             if not self._disconnect.alive:
                 raise PlanConflict("this model was detached; attach it again")
             if layer.edits or layer.reads:
@@ -103,8 +112,14 @@ class Runner:
             if run is not None:
                 raise PlanConflict("a run that began inside this block has not ended; join its thread before leaving")
             if self._runs == layer.opened_at:
-                raise NotFired("nothing ran inside this block, so what it asked for did not happen")
+                raise NotFired(f"nothing ran inside this block, so what it asked for did not happen{hint()}")
             engine.plan.finish_layer(layer)
+
+    def _refuse_second_loop(self) -> None:
+        if self._plan.denoising is not None:
+            raise PlanConflict("a denoising loop is open already; leave its block first")
+        if self._dual is not None:
+            raise Refusal("a dual run doubles the batch, whose rows are branches in a denoising loop; open one of both")
 
     def _refuse_conflicts(self) -> None:
         if self._run is not None:
@@ -196,13 +211,14 @@ class Runner:
 
     def _entering(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            leave_graph()
             if in_backward():
                 return None
             run = self._run
             if run is not None and run.thread == threading.get_ident() and any(o.module is module for o in run.open):
                 self._end(run, failed=True)  # entered again: the first time was cut short by Ctrl-C, which no hook sees
             if self._run is None:
-                self._start(Run(self._plan), module)
+                self._start_forward(path, module, args, kwargs)
             run = self._run
             assert run is not None
             if run.thread != threading.get_ident():
@@ -274,19 +290,34 @@ class Runner:
         assert self._engine is not None
         return self._engine.plan
 
-    def _start(self, run: Run, outermost: nn.Module | None) -> None:
+    def _start_forward(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A run that is one forward; in a denoising loop, one call of the loop."""
+        run, denoising = Run(self._plan), self._plan.denoising
+        if denoising is None:
+            self._start(run, module)
+            return
+        begins = path == "" and denoising.enter(named_arguments(module, args, kwargs))
+        run.step = denoising.calls - 1  # its place among the calls, once it is entered
+        self._start(run, module, goes_on=not begins)
+
+    def _start(self, run: Run, outermost: nn.Module | None, *, goes_on: bool = False) -> None:
         with self._lock:
             if self._run is not None:
                 raise PlanConflict("this model is running in another thread; a model under a plan runs once at a time")
+            if self._engine is not None:
+                self._engine.require_in_place()
             run.outermost = outermost
             run.prompt = run.prompt if run.plan.prompt_length is None else run.plan.prompt_length
-            run.checkpointing = self.model.training and any(
+            run.checkpointing = (self.model.training or is_denoiser(self.model)) and any(
                 getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
             )
             if self._dual is not None:
                 run.stream = "unparted"
             refuse_dropout(self.model)
-            run.plan.start_run()
+            if goes_on:
+                run.plan.go_on()
+            else:
+                run.plan.start_run()
             self._run = run
 
     def _end(self, run: Run, *, failed: bool) -> None:
@@ -302,7 +333,21 @@ class Runner:
             run.plan.excuse()
         else:
             below = None if run.outermost is None else {id(module) for module in run.outermost.modules()}
-            run.plan.finish_run(lambda label: below is None or self._module_of(label) in below)
+            try:
+                run.plan.finish_run(lambda label: below is None or self._module_of(label) in below)
+            except NotFired as error:
+                if exchanged := self._exchanged_processor():
+                    raise NotFired(f"{error}; {exchanged}") from None
+                raise
+            if run.plan.denoising is not None and run.outermost is self.model:
+                run.plan.denoising.leave()
+
+    def _exchanged_processor(self) -> str | None:
+        """What was put in the place of an attention processor since attach, which diffusers does for slices, say."""
+        for path, before in self._processors.items():
+            if (now := _processor_of(self.model.get_submodule(path))) != before:
+                return f"the processor of {path} was {before} at attach and is {now}: set it back, or attach again"
+        return None
 
     def _module_of(self, label: Any) -> int:
         for site in self.table.sites:
@@ -373,6 +418,10 @@ def refuse_dropout(model: nn.Module) -> None:
                 f"the model is in training mode and {path or type(model).__name__} applies dropout, so no two runs "
                 "agree; call model.eval(), or set its dropout to 0"
             )
+
+
+def _processor_of(module: nn.Module) -> str:
+    return type(getattr(module, "processor", None)).__name__
 
 
 def _restore(module: nn.Module, name: str, value: Any) -> None:

@@ -112,6 +112,6 @@ def _put_on() -> None:
 def _take_off() -> None:
     if not _originals:
         return
+    # The wrappers are kept: a graph compiled while one is first made would be compiled a second time.
     AttentionInterface.get_interface = _originals.pop("get_interface")
     del AttentionInterface.__getitem__
-    _wrappers.clear()

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.errors import InputError
+from headwise.heads import SiteId
 from headwise.model.norms import FinalNorm, float_dtype, may_be_norm, measure_norm, submodule
 from headwise.model.ways import NoGradient, Passed, Way, find_way, gradients, signs_like
 
@@ -114,6 +115,19 @@ def find_sublayers(
                 undo.callback(part.register_forward_hook(forward.outside(name), with_kwargs=True).remove)
         run()
     return forward.result()
+
+
+def with_two_streams(found: Sublayers, joint: Sequence[SiteId]) -> Sublayers:
+    """What was found, less what was measured of one stream where a block's attention joins two."""
+    reason = "the block carries two streams, one of the image and one of the text, and which is meant cannot be said"
+    none = {"residual": reason, "mlp": reason}
+    blocks = dict(found.blocks)
+    for label in dict.fromkeys(replace(site, call=0).label for site in joint):
+        if label in blocks:
+            blocks[label] = replace(
+                blocks[label], residual=False, input_key=None, mlp=None, closing_norm=None, reasons=none, ways={}
+            )
+    return replace(found, blocks=blocks)
 
 
 def first_tensor(output: object) -> Tensor | None:

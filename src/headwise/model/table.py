@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from headwise.errors import InputError
 from headwise.heads import MAIN, Head, HeadSet, KVGroup, SiteId
-from headwise.model.site import Site
+from headwise.model.site import Site, Unserved
 from headwise.model.sublayers import Block, Sublayers
 
 Want = Literal["head", "group"]
@@ -21,11 +21,13 @@ Want = Literal["head", "group"]
 class SiteTable:
     """All that was found of a model: its sites in order of their labels, its blocks, its final norms.
 
+    `unserved` names the modules that seem to attend and could not be reached, with the reasons.
     Blocks and norms take a recorded forward to find, so they are looked for when they are first asked for.
     """
 
     sites: tuple[Site, ...]
     find_sublayers: Callable[[], Sublayers]
+    unserved: tuple[Unserved, ...] = ()
 
     @cached_property
     def sublayers(self) -> Sublayers:
@@ -130,19 +132,24 @@ class SiteTable:
                 sites: Sequence[Site] = [site for site in self.sites if site.id.stack == form]
             elif isinstance(form, SiteId) or (isinstance(form, str) and re.fullmatch(r"(\w+\.)?L\d+(@\d+)?", form)):
                 sites = [self.site(form)]
+            elif isinstance(form, str) and re.fullmatch(r"[a-z_]+", form):
+                raise InputError(f"{form!r} names no heads: {self._no_stack(form)}")
             else:
                 yield from HeadSet.parse(form)
                 continue
             for site in sites:
                 yield from site.heads if want == "head" else site.groups
 
+    def _no_stack(self, stack: str) -> str:
+        why = "a tower that did not run in the probe forward has no sites: pass example= inputs that reach it"
+        if self.unserved:
+            why += f"; {self.unserved[0].module} attends out of reach: {self.unserved[0].reason}"
+        return f"this model has no stack {stack!r} (it has {', '.join(self.stacks)}); {why}"
+
     def _no_site(self, wanted: SiteId) -> InputError:
         labels = [site.label for site in self.sites]
         if wanted.stack != MAIN and wanted.stack not in self.stacks:
-            return InputError(
-                f"{wanted.label}: this model has no stack {wanted.stack!r} (it has {', '.join(self.stacks)}); a tower "
-                "that did not run in the probe forward has no sites: pass example= inputs that reach it"
-            )
+            return InputError(f"{wanted.label}: {self._no_stack(wanted.stack)}")
         near = difflib.get_close_matches(wanted.label, labels, n=3) or labels[:3]
         here = [site for site in self.sites if site.id.stack == wanted.stack]
         return InputError(

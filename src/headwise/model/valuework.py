@@ -172,6 +172,13 @@ def read_new_keys(x: Tensor, listed: Sequence[Placed], stage: Stage) -> Tensor:
                     placed.met(0)
             return x
         start, length = 0, x.shape[2]
+    elif window is not None and window.joined:
+        if window.frame.past:
+            raise Refusal(
+                f"{stage.site.label}: its keys are not those of its own tokens alone, so which of them are new cannot "
+                "be told under a cache, and k and v cannot be read"
+            )
+        start, length = 0, x.shape[2]
     elif window is not None:
         start, length = window.start - window.offset, window.length
     elif x.shape[2] == n_queries or stage.site.chunked:
@@ -328,6 +335,9 @@ def here_of(placed: Placed, stage: Stage, layout: Layout, span: int, **seen: Any
         items=items_of(stage),
         batch=stage.batch,
         span=span,
+        forward=stage.moment[0],
+        step=None if stage.run.plan.denoising is None else stage.run.plan.denoising.step,
+        chunk=stage.chunk,
         other=None if source is None else partial(source, placed.heads, seen.get("queries")),
         **seen,
     )
@@ -351,7 +361,7 @@ def positions_of(placed: Placed, stage: Stage, *, keys: bool = False) -> Bool[Te
     """
     edit, window = placed.edit, stage.window
     chosen: Tensor | None = None
-    if edit.scope != "all" or edit.queries is not None:
+    if edit.when.place != "all" or edit.queries is not None:
         if window is None:
             raise Refusal(
                 f"edit.{edit.name} is limited to positions, and at {stage.id.label} the tower lays its tokens out in "
@@ -359,7 +369,7 @@ def positions_of(placed: Placed, stage: Stage, *, keys: bool = False) -> Bool[Te
             )
         frame = window.key_frame if keys else window.frame
         place = window.keys if keys else window.queries
-        for part in (frame.in_scope(edit.scope), frame.select(edit.queries)):
+        for part in (frame.in_scope(edit.when.place), frame.select(edit.queries)):
             here = place(part)
             chosen = here if chosen is None else chosen if here is None else chosen & here
     rows = rows_of(placed, stage)
@@ -377,8 +387,9 @@ def items_of(stage: Stage) -> Int[Tensor, " batch"]:
 def rows_of(placed: Placed, stage: Stage) -> Bool[Tensor, " batch"] | None:
     """Rows of the batch that an edit applies to, beams counted."""
     edit, given = placed.edit, stage.run.rows or stage.batch
+    of_branch = _rows_of_branch(placed, stage)
     if edit.rows is None:
-        return None
+        return of_branch
     wrong = [row for row in edit.rows if not 0 <= row < given]
     if wrong:
         raise InputError(f"edit.{edit.name}: rows={list(edit.rows)}, and the batch has {given} rows")
@@ -391,7 +402,18 @@ def rows_of(placed: Placed, stage: Stage) -> Bool[Tensor, " batch"] | None:
     rows = torch.zeros(stage.batch, dtype=torch.bool)
     for row in edit.rows:
         rows[row * share : (row + 1) * share] = True
-    return rows.to(stage.device)
+    rows = rows.to(stage.device)
+    return rows if of_branch is None else rows & of_branch
+
+
+def _rows_of_branch(placed: Placed, stage: Stage) -> Bool[Tensor, " batch"] | None:
+    """Rows of the branch of guidance that an edit is for, where branches are parts of the batch."""
+    branch, denoising = placed.edit.when.branch, stage.run.plan.denoising
+    if branch is None or denoising is None or denoising.guidance != "batch":
+        return None
+    rows = torch.zeros(stage.batch, dtype=torch.bool, device=stage.device)
+    rows[denoising.rows_of(branch, stage.batch)] = True
+    return rows
 
 
 def queries_of(placed: Placed, stage: Stage, *, keys: bool = False) -> Tensor | None:

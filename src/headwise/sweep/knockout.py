@@ -26,6 +26,7 @@ from headwise.metrics import Metric, metric
 from headwise.model import edit, read
 from headwise.model.attached import AttachedModel
 from headwise.model.edit import Edit
+from headwise.model.example import can_generate
 from headwise.model.operations import Here
 from headwise.model.reference import Reference
 from headwise.probes.batch import Batch, pad
@@ -84,7 +85,7 @@ class KnockOut:
 
 def reference_of(model: AttachedModel, items: ItemSet) -> Reference:
     """z at every attended position of the items' prompts and answers, for `mean` and `resample`; of all stacks that
-    read text.
+    read text. A model that does not continue text reads the prompts alone.
 
     Raises:
         InputError: no items.
@@ -96,26 +97,29 @@ def reference_of(model: AttachedModel, items: ItemSet) -> Reference:
     heads = model.heads().filter(lambda each: each.stack in reading)
     for batch in items.batches(16):
         with torch.no_grad(), model.reading(read.z(heads=heads)) as got:
-            observe(model, batch, wants={"embedding"} if _only_encodes(model, batch) else {"logits"})
+            observe(model, batch, wants={"logits"} if continues(model) else {"embedding"})
         for label, z in got.z.items():
             site = SiteId.parse(label)
             pooled.setdefault(site, []).append(z[_attended(model, batch, site, z.shape[1])])
     return Reference({site: torch.cat(parts) for site, parts in pooled.items()})
 
 
-def _only_encodes(model: AttachedModel, batch: Batch) -> bool:
-    return places(model, batch).prompt_length is None and "encoder" not in model.table.stacks
+def continues(model: AttachedModel) -> bool:
+    """Whether the model continues text; of one that does not, only embeddings can be told."""
+    inner = getattr(model.model, "get_base_model", None)
+    return can_generate(inner() if callable(inner) else model.model)
 
 
 def _attended(model: AttachedModel, batch: Batch, site: SiteId, width: int) -> Bool[Tensor, "item column"]:
     """Which columns of a site hold tokens of the items, in the rows that `observe` runs."""
     if places(model, batch).prompt_length is not None:
         return batch.attention_mask.bool()
-    decodes = site.stack != "encoder" and not _only_encodes(model, batch)
+    encodes = site.stack == "encoder" or "encoder" not in model.table.stacks
     # A decoder's rows begin with its start tokens, as many as are left beside the longest answer.
-    start = width - (max(len(each.answer) for each in batch.items) - 1)
+    longest = max(len(each.answer) for each in batch.items) - 1 if continues(model) else 0
     lengths = [
-        start + len(each.answer) - 1 if decodes else len(each.prompt) + len(batch.suffix) for each in batch.items
+        len(each.prompt) + len(batch.suffix) if encodes else width - longest + min(longest, len(each.answer) - 1)
+        for each in batch.items
     ]
     return torch.arange(width)[None, :] < torch.tensor(lengths)[:, None]
 

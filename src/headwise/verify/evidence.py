@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 
 from headwise.errors import InputError
 from headwise.heads import HeadSet
+from headwise.metrics import Better, sign_of
 from headwise.sweep import Controls, Mode
 
 Values = Float[np.ndarray, " item"]
@@ -62,12 +62,13 @@ class Evidence:
             answers (embeddings). Items that it gets wrong are not among `item_ids`.
         heads: the heads of the exact map, each knocked out alone; `values` the metric with each of them out.
         joints: sets knocked out together.
+        finding_ids: the items that chose heads to be tested here, which may not test them again.
 
     Raises `InputError` for arrays that do not fit.
     """
 
     family: Family
-    better: Literal["higher", "lower"]
+    better: Better
     unit: str
     item_ids: tuple[str, ...]
     clean: Values
@@ -76,6 +77,7 @@ class Evidence:
     heads: HeadSet
     values: Float[np.ndarray, "head item"]
     joints: tuple[Joint, ...] = ()
+    finding_ids: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.item_ids)
@@ -87,12 +89,17 @@ class Evidence:
         if wrong is not None:
             raise InputError(f"evidence for {self.family.key} does not fit its {n} items: {wrong}")
 
+    @property
+    def sign(self) -> int:
+        """1 where higher is better, else -1."""
+        return sign_of(self.better)
+
     def drops(self, values: Float[np.ndarray, "*set item"]) -> Float[np.ndarray, "*set item"]:
         """What a knock-out cost on each item: positive where the heads help."""
-        cost: np.ndarray = (self.clean - values) * (1 if self.better == "higher" else -1)
+        cost: np.ndarray = (self.clean - values) * self.sign
         return cost
 
     @property
     def reach(self) -> float:
         """Distance of the clean metric from chance: what there is to lose, on the mean of the items."""
-        return float(self.clean.mean() - self.chance) * (1 if self.better == "higher" else -1)
+        return float(self.clean.mean() - self.chance) * self.sign

@@ -40,7 +40,7 @@ class FunctionalDissociation:
     Attributes:
         alpha: share of all heads; `n_heads` their number, rounded down as in the released code.
         base: performance on each behaviour with nothing taken out.
-        performance: `[t, j]`, on behaviour j with the most important heads of t out.
+        performance: `[t, j]`, on behaviour j with the most important heads of t out; NaN where it was not measured.
         original, scale_free: D of each behaviour; the paper's D is the mean.
         random_performance: `[draw, j]`, with as many random heads out; `random_original`, `random_scale_free` their D.
     """
@@ -120,19 +120,14 @@ def functional_dissociation(
     if metric(measured).better == "lower":
         raise InputError(f"D compares performance, and of {measured} less is better; use exact-match")
     heads = model.heads("main").heads
-    sites = {head.site for head in heads}
     out = knock_out or KnockOut()
     found = []
     for alpha in alphas:
-        n = int(alpha * len(heads))
-        if not 0 < n <= len(heads) - len(sites):
-            raise InputError(
-                f"a share of {alpha:g} is {n} of {len(heads)} heads; one at least must go, and each layer keep one"
-            )
+        n = share_of(alpha, heads)
         sets = [
             HeadSet(),
             *(importance[name].top(n, stack="main") for name in names),
-            *(random_heads(heads, n, seed=f"{seed}/{alpha}/{draw}") for draw in range(draws)),
+            *draws_of(heads, alpha, draws, seed),
         ]
         table = np.stack(
             [measure_sets(model, items[name], sets, out, measured).mean(dim=1).numpy() for name in names], 1
@@ -140,23 +135,47 @@ def functional_dissociation(
         base, own, drawn = table[0], table[1 : 1 + len(names)], table[1 + len(names) :]
         if not (base > 0).all():
             raise Refusal(f"{model.name} does not solve {names[int(base.argmin())]} at all ({measured} is 0)")
-        found.append(
-            FunctionalDissociation(
-                names,
-                alpha,
-                n,
-                base=base,
-                performance=own,
-                original=dissociation_scores(own, base),
-                scale_free=scale_free_dissociation_scores(own, base),
-                random_performance=drawn,
-                random_original=np.stack([dissociation_scores(np.tile(row, (len(names), 1)), base) for row in drawn]),
-                random_scale_free=np.stack(
-                    [scale_free_dissociation_scores(np.tile(row, (len(names), 1)), base) for row in drawn]
-                ),
-            )
-        )
+        found.append(scored(names, alpha, n, base, own, drawn))
     return tuple(found)
+
+
+def scored(
+    behaviours: tuple[str, ...],
+    alpha: float,
+    n_heads: int,
+    base: Float[np.ndarray, " task"],
+    performance: Float[np.ndarray, "task task"],
+    random_performance: Float[np.ndarray, "draw task"],
+) -> FunctionalDissociation:
+    """D of what was measured, and of the random draws. Raises as `dissociation_scores`."""
+    drawn = [np.tile(row, (len(behaviours), 1)) for row in random_performance]
+    return FunctionalDissociation(
+        behaviours,
+        alpha,
+        n_heads,
+        base=base,
+        performance=performance,
+        original=dissociation_scores(performance, base),
+        scale_free=scale_free_dissociation_scores(performance, base),
+        random_performance=random_performance,
+        random_original=np.stack([dissociation_scores(each, base) for each in drawn]),
+        random_scale_free=np.stack([scale_free_dissociation_scores(each, base) for each in drawn]),
+    )
+
+
+def share_of(alpha: float, heads: Sequence[Head]) -> int:
+    """How many heads a share of them is. Raises `InputError` for none, or so many that a layer would lose all."""
+    n = int(alpha * len(heads))
+    if not 0 < n <= len(heads) - len({head.site for head in heads}):
+        raise InputError(
+            f"a share of {alpha:g} is {n} of {len(heads)} heads; one at least must go, and each layer keep one"
+        )
+    return n
+
+
+def draws_of(heads: Sequence[Head], alpha: float, draws: int, seed: int) -> list[HeadSet]:
+    """Random heads, as many as this share of them, `draws` times."""
+    return [random_heads(heads, share_of(alpha, heads), seed=f"{seed}/{alpha}/{draw}") for draw in range(draws)]
 
 
 def random_heads(heads: Sequence[Head], n: int, seed: int | str) -> HeadSet:
@@ -175,7 +194,11 @@ def random_heads(heads: Sequence[Head], n: int, seed: int | str) -> HeadSet:
 
 
 def _of_others(performance: Float[np.ndarray, "task task"]) -> Float[np.ndarray, " task"]:
-    means: Float[np.ndarray, " task"] = (performance.sum(axis=1) - np.diag(performance)) / (len(performance) - 1)
+    """Mean over the other behaviours, those left out that were not measured (NaN)."""
+    others = np.isfinite(performance) & ~np.eye(len(performance), dtype=bool)
+    n = others.sum(axis=1)
+    sums = np.where(others, performance, 0).sum(axis=1)
+    means: Float[np.ndarray, " task"] = np.where(n > 0, sums / np.maximum(n, 1), np.nan)
     return means
 
 

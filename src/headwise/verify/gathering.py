@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,10 +54,19 @@ class Ground:
     @property
     def refusal(self) -> str:
         """Why there is nothing to judge on these items; empty where there is."""
-        return why_refused(self.clean, self.chance, self.metric.better, self.solved)
+        return why_refused(self.clean, self.chance, self.metric.sign, self.solved)
 
-    def evidence(self, heads: HeadSet, values: Float[np.ndarray, "head item"], joints: tuple[Joint, ...]) -> Evidence:
-        """All pieces together. Raises `InputError` if they do not fit."""
+    def evidence(
+        self,
+        heads: HeadSet,
+        values: Float[np.ndarray, "head item"],
+        joints: tuple[Joint, ...],
+        finding: Iterable[str] = (),
+    ) -> Evidence:
+        """All pieces together; `finding` are the ids of the items that chose the heads of `joints`.
+
+        Raises `InputError` if they do not fit.
+        """
         return Evidence(
             family=self.family,
             better=self.metric.better,
@@ -69,6 +78,7 @@ class Ground:
             heads=heads,
             values=values,
             joints=joints,
+            finding_ids=tuple(finding),
         )
 
 
@@ -142,17 +152,19 @@ def gather(
     measured: str | Metric | None = None,
     heads: HeadSet | None = None,
     n_controls: int = N_CONTROLS,
+    finding: Iterable[str] = (),
     seed: int = 0,
 ) -> Evidence:
     """All of it: clean run, exact map of `heads` (None: every head of the main stack), sets with their controls.
 
-    Arguments and errors are those of `ground` and `joint_of`; `joints` are sets by name.
+    Arguments and errors are those of `ground` and `joint_of`; `joints` are sets by name, and `finding` the ids of the
+    items that chose them (`scores.item_ids`).
     """
     found = ground(model, items, knock_out, measured=measured, seed=seed)
     mapped = every_head(model) if heads is None else heads
     values = map_of(model, found, mapped)
     sets = tuple(joint_of(model, found, name, each, n_controls=n_controls, seed=seed) for name, each in joints.items())
-    return found.evidence(mapped, values, sets)
+    return found.evidence(mapped, values, sets, finding)
 
 
 def every_head(model: AttachedModel, stacks: tuple[str, ...] = ()) -> HeadSet:
@@ -161,11 +173,15 @@ def every_head(model: AttachedModel, stacks: tuple[str, ...] = ()) -> HeadSet:
     return model.heads(None).filter(lambda each: each.stack in wanted)
 
 
+def accuracy(chosen: Metric) -> Metric:
+    """What says whether an item is answered rightly, beside this metric: from 0 to 1."""
+    # What is told from generated text lies between 0 and 1 itself.
+    return chosen if chosen.wants == {"generation"} else EXACT_MATCH
+
+
 def _answered_rightly(model: AttachedModel, items: ItemSet, chosen: Metric) -> tuple[ItemSet, float]:
     if chosen.id in WITHOUT_RIGHT_ANSWERS or chosen.wants == {"embedding"}:
         return items, float("nan")
-    # What is told from generated text lies between 0 and 1 itself.
-    asked = chosen if chosen.wants == {"generation"} else EXACT_MATCH
-    right = measure_sets(model, items, [HeadSet()], KnockOut(), asked)[0] >= 0.5
+    right = measure_sets(model, items, [HeadSet()], KnockOut(), accuracy(chosen))[0] >= 0.5
     solved = float(right.double().mean())
     return (items.only(right.tolist(), "the model gets it wrong") if bool(right.any()) else items), solved

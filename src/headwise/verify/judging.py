@@ -79,14 +79,17 @@ def judge(evidence: Evidence, *, smallest: float = SMALLEST, alpha: float = ALPH
     return court.verdict(first, current)
 
 
-def why_refused(clean: Values, chance: float, better: Literal["higher", "lower"], solved: float) -> str:
-    """Why nothing can be said about heads on these items, in words; empty where something can."""
+def why_refused(clean: Values, chance: float, sign: int, solved: float) -> str:
+    """Why nothing can be said about heads on these items, in words; empty where something can.
+
+    `sign` is that of the metric: -1 where lower is better.
+    """
     values = clean[np.isfinite(clean)]
     if solved < 0.5:
         return f"the model answers {solved:.0%} of the items rightly, and half of them are needed"
     if len(values) < FEWEST_ITEMS:
         return f"{len(values)} items are left, and {FEWEST_ITEMS} are needed"
-    if not above_chance_p(values, chance, 1 if better == "higher" else -1) <= CHANCE_P:
+    if not above_chance_p(values, chance, sign) <= CHANCE_P:
         return f"the clean metric, {values.mean():.3g}, is not better than chance, {chance:.3g}"
     return ""
 
@@ -134,13 +137,12 @@ class _Court:
     def over(cls, evidence: Evidence, smallest: float, alpha: float) -> _Court:
         known = np.isfinite(evidence.clean)
         clean = evidence.clean[known]
-        sign = 1 if evidence.better == "higher" else -1
-        reach = float(clean.mean() - evidence.chance) * sign if clean.size else float("nan")
+        reach = float(clean.mean() - evidence.chance) * evidence.sign if clean.size else float("nan")
         joints = tuple(
             (each, evidence.drops(each.values)[known], evidence.drops(each.control_values)[:, known])
             for each in evidence.joints
         )
-        refusal = why_refused(clean, evidence.chance, evidence.better, evidence.solved)
+        refusal = why_refused(clean, evidence.chance, evidence.sign, evidence.solved)
         heads = evidence.drops(evidence.values)[:, known]
         return cls(
             evidence=evidence,

@@ -49,7 +49,6 @@ class KeptOnly:
     """The metric with every other head of the stack out; `left` is the share of the distance from chance that stays."""
 
     heads: HeadSet
-    n_out: int
     value: float
     left: float
 

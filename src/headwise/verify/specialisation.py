@@ -14,7 +14,7 @@ over the T behaviours it was measured on, with `e_j = max(share_j, 0)`: what is 
 won does not. 1: it serves one behaviour; 0: all alike. The largest of several noisy numbers is large, so heads that are
 verified for nothing have no index (NaN).
 
-**Pairs** of behaviours that each suffer from their own heads, measured on fresh items: `headwise.verify.dissociation`.
+**Pairs** of behaviours that each suffer from their own heads, measured on fresh items: `headwise.verify.crossing`.
 
 **Similarity** of behaviours: of their columns of effects, and how many verified heads they share against chance.
 """
@@ -32,7 +32,8 @@ from scipy import stats
 
 from headwise.errors import InputError
 from headwise.heads import HeadSet
-from headwise.verify.dissociation import CrossedSet, Dissociation, dissociation
+from headwise.verify.crossing import CrossedSet
+from headwise.verify.dissociation import Dissociation, dissociation
 from headwise.verify.evidence import Evidence, Values
 from headwise.verify.verdict import FamilyVerdict
 
@@ -222,7 +223,7 @@ def similarity(
 
 def _reaches(evidence: Evidence) -> Values:
     """Distance of the clean metric from chance on each item: what there is to lose. NaN where it has no number."""
-    return (evidence.clean - evidence.chance) * (1 if evidence.better == "higher" else -1)
+    return (evidence.clean - evidence.chance) * evidence.sign
 
 
 def _dissociations(
@@ -232,5 +233,9 @@ def _dissociations(
     if unknown:
         raise InputError(f"the heads of {unknown[0]} were crossed, which is none of {', '.join(names)}")
     there = {each.behaviour: each for each in crossed if each.behaviour in solved}
-    pairs = combinations([name for name in solved if name in there], 2)
+    pairs = (
+        (a, b)
+        for a, b in combinations([name for name in solved if name in there], 2)
+        if {a, b} <= there[a].values.keys() & there[b].values.keys()
+    )
     return tuple(dissociation(there[a], there[b], solved[a], solved[b]) for a, b in pairs)

@@ -86,13 +86,14 @@ def verify(
     tested = model.heads(HeadSet.parse(ranking) if ranking else heads)
     if len(tested.stacks) > 1:
         raise InputError(f"verify takes heads of one stack, and {tested} are of several; verify each stack by itself")
-    testing = unseen_items(model, probe, items, finding, seed)
+    used = used_ids(model, probe, items, finding, seed)
+    testing = unseen_items(model, probe, items, used, seed)
     knock_out, reference = _knock_out(model, mode, scope, testing, probe, finding, seed)
     found = ground(model, testing, knock_out, measured=metric, seed=seed)
     mapped = every_head(model, tested.stacks)
     values = map_of(model, found, mapped)
     joint = joint_of(model, found, "given", tested, available=mapped, n_controls=n_controls, seed=seed)
-    evidence = found.evidence(mapped, values, (joint,))
+    evidence = found.evidence(mapped, values, (joint,), sorted(used))
     family = judge(evidence, smallest=smallest)
     if found.refusal:
         return Verdict(tested, family, evidence, None, (), (), None, reference)
@@ -108,43 +109,62 @@ def verify(
     )
 
 
-def unseen_items(
-    model: AttachedModel,
-    probe: str | Path | Probe | ItemSet | None,
-    n: int,
-    finding: Finding | None,
-    seed: int,
-) -> ItemSet:
-    """`n` items of a probe (all of a file, or of encoded items) that are not among those of `finding`.
+def used_ids(
+    model: AttachedModel, probe: str | Path | Probe | ItemSet | None, n: int, finding: Finding | None, seed: int
+) -> frozenset[str]:
+    """The items that chose the heads: those of `finding`, or those that `find` uses by default (see `verify`).
 
-    Without `finding`: not among those that `find` uses by default, and of a file its testing half.
+    Raises:
+        InputError: no such probe or file; the model has no tokenizer; `finding` is one word.
+    """
+    if finding is not None or probe is None or isinstance(probe, ItemSet):
+        return _ids(finding)
+    if (file := _file(probe)) is not None:
+        testing = {each.id for each in half_for_testing(file)}
+        return frozenset(each.id for each in read_items(file)) - testing
+    chosen, tokenizer = _probe(probe), _tokenizer(model)
+    try:
+        return frozenset(encode(chosen, tokenizer, n=max(n, FOUND_BY_DEFAULT), seed=seed).ids)
+    except InputError as error:
+        raise _too_few(chosen, n, error) from None
+
+
+def unseen_items(
+    model: AttachedModel, probe: str | Path | Probe | ItemSet | None, n: int, finding: Finding | None, seed: int
+) -> ItemSet:
+    """`n` items of a probe (all of a file, or of encoded items) that did not choose the heads; see `used_ids`.
 
     Raises:
         InputError: no probe; no items are left, or too few; the model has no tokenizer.
     """
-    used = _ids(finding)
+    used = used_ids(model, probe, n, finding, seed)
     if probe is None:
         raise InputError('verify needs the behaviour to test on: probe="ioi", a probe file, or encoded items')
     if isinstance(probe, ItemSet):
         return _unused(probe, used)
+    tokenizer = _tokenizer(model)
+    if (file := _file(probe)) is not None:
+        return _unused(encode(read_items(file), tokenizer, name=file.stem), used)
+    chosen = _probe(probe)
+    try:
+        return _drawn(chosen, model, n, used, seed)
+    except InputError as error:
+        raise _too_few(chosen, n, error) from None
+
+
+def _tokenizer(model: AttachedModel) -> Any:
     if model.tokenizer is None:
         raise InputError(
             f"{model.name} has no tokenizer, so no probe can be written for it; attach one, or pass encoded items"
         )
-    if (file := _file(probe)) is not None:
-        if finding is None:
-            return encode(half_for_testing(file), model.tokenizer, name=file.stem)
-        return _unused(encode(read_items(file), model.tokenizer, name=file.stem), used)
-    chosen = _probe(probe)
-    try:
-        if finding is None:
-            used = frozenset(encode(chosen, model.tokenizer, n=max(n, FOUND_BY_DEFAULT), seed=seed).ids)
-        return _drawn(chosen, model, n, used, seed)
-    except InputError as error:
-        raise InputError(
-            f"{chosen.id} has too few items for {n} that did not choose the heads ({error}); use fewer items, or name "
-            "those that did with finding="
-        ) from None
+    return model.tokenizer
+
+
+def _too_few(chosen: Probe, n: int, error: InputError) -> InputError:
+    return InputError(
+        f"{chosen.id} has too few items for {n} that did not choose the heads ({error}); use fewer items, or name "
+        "those that did with finding="
+    )
 
 
 def half_for_finding(file: str | Path) -> tuple[Item, ...]:
@@ -218,7 +238,7 @@ def keep_only(model: AttachedModel, found: Ground, heads: HeadSet) -> KeptOnly:
     others = every_head(model, heads.stacks) - heads
     value = _dose(model, found, others, 1.0).value
     reach = float(found.clean.mean()) - found.chance
-    return KeptOnly(heads, len(others), value, (value - found.chance) / reach)
+    return KeptOnly(heads, value, (value - found.chance) / reach)
 
 
 def measure_off_target(
@@ -250,7 +270,7 @@ def measure_off_target(
         values = measure_sets(model, drawn, sets, knock_out, chosen).numpy()
     except Refusal:
         return None
-    costs = (values[0] - values[1:]) * (1 if chosen.better == "higher" else -1)
+    costs = (values[0] - values[1:]) * chosen.sign
     return OffTarget(
         probe=drawn.probe,
         metric=chosen.id,

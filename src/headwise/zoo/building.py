@@ -14,6 +14,7 @@ import torch
 
 from headwise.catalogue import Entry, register
 from headwise.errors import InputError
+from headwise.zoo.diffusion import DENOISERS, build_denoiser
 from headwise.zoo.organism import TITLE, load_organism
 from headwise.zoo.planted import PLANTED_NAMES, planted_named
 from headwise.zoo.tiny import Organism, build_tiny, outside_registry, tiny_types
@@ -47,6 +48,7 @@ def names() -> tuple[str, ...]:
 _BUILDERS: dict[str, Callable[..., Organism]] = {
     **{name: partial(planted_named, name) for name in PLANTED_NAMES},
     **{row.name: partial(build_tiny, row) for row in (*tiny_types(), *outside_registry())},
+    **{row.name: partial(build_denoiser, row) for row in DENOISERS},
 }
 
 register(Entry(id="organism", kind="models", title=TITLE, page="organism.md"))
@@ -54,3 +56,5 @@ for _name, _architecture in PLANTED_NAMES.items():
     register(Entry(id=_name, kind="models", title=f"planted heads, {_architecture} shape", page="planted.md"))
 for _type in (*tiny_types(), *outside_registry()):
     register(Entry(id=_type.name, kind="models", title=_type.title, page="zoo.md"))
+for _denoiser in DENOISERS:
+    register(Entry(id=_denoiser.name, kind="models", title=_denoiser.title, page="diffusion.md"))

@@ -280,29 +280,3 @@ DECODERS = (
         max_position_embeddings=N_POSITIONS,
     ),
 )
-
-OUTSIDE_REGISTRY = (
-    decoder(
-        "bloom",
-        "BloomForCausalLM",
-        "BLOOM: ALiBi, its own attention code",
-        "mha outside-registry",
-        **TOKENS,
-        hidden_size=48,
-        n_layer=3,
-        n_head=4,
-    ),
-    decoder(
-        "gptj",
-        "GPTJForCausalLM",
-        "GPT-J: its own attention code",
-        "mha outside-registry",
-        **TOKENS,
-        n_embd=48,
-        n_layer=3,
-        n_head=4,
-        n_positions=N_POSITIONS,
-        rotary_dim=8,
-    ),
-)
-"""Types whose file does not take its attention from the library's registry: what a refusal is tested on."""

@@ -41,7 +41,7 @@ class TinyType:
 
     `model_type` is the type's name in transformers, `classname` the model class that is built, `sizes` the arguments
     of its configuration class (everything not named keeps the type's own default). `tags`
-    are words of `KINDS` and `FEATURES`.
+    are words of `KINDS` and `FEATURES`. `variant` tells a second build of a type apart.
     """
 
     model_type: str
@@ -50,11 +50,12 @@ class TinyType:
     tags: frozenset[str]
     sizes: Mapping[str, Any]
     example: Callable[[PreTrainedConfig], dict[str, Tensor]]
+    variant: str = ""
 
     @property
     def name(self) -> str:
         """What `build` and the command line (after `zoo:`) take."""
-        return f"tiny-{self.model_type}"
+        return "-".join(part for part in ("tiny", self.model_type, self.variant) if part)
 
 
 def tags(words: str) -> frozenset[str]:

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headwise.errors import InputError
-from headwise.zoo.decoders import DECODERS, OUTSIDE_REGISTRY
+from headwise.zoo.decoders import DECODERS
 from headwise.zoo.encoders import ENCODER_DECODERS, ENCODERS, SPEECH
 from headwise.zoo.table import TinyType
 from headwise.zoo.tokens import byte_tokenizer
+from headwise.zoo.unregistered import OUTSIDE_REGISTRY
 from headwise.zoo.vision import IMAGE_ENCODERS, VLMS
 from headwise.zoo.weights import roughen
 
@@ -57,6 +58,8 @@ def build_tiny(
             # Built anew rather than cast, so that what the type keeps in float32 (rotary frequencies) stays there.
             rounded = _instantiate(row, dtype, attn)
             rounded.load_state_dict(model.state_dict())
+            for parameter in rounded.parameters():  # a few files make some in float32, whatever they are told
+                parameter.data = parameter.data.to(dtype)
             model = rounded
         inputs = row.example(model.config)
     example = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
@@ -72,7 +75,7 @@ def tiny_types() -> tuple[TinyType, ...]:
 
 
 def outside_registry() -> tuple[TinyType, ...]:
-    """The types that have attention code of their own."""
+    """The types that have attention code of their own, or some beside the registry."""
     return OUTSIDE_REGISTRY
 
 

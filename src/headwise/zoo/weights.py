@@ -21,7 +21,7 @@ VECTOR_STD = 0.1
 
 _MAKES_QUERY_OR_KEY = re.compile(
     r"(^|\.)(q|k|qkv|query|key|query_key_value|wqkv|wk|wq_b|c_attn|[qk](_[ab])?_(proj|lin)|kv(_b)?_proj"
-    r"|kv_a_proj_with_mqa|input_linear)\.weight$",
+    r"|kv_a_proj_with_mqa|input_linear|to_[qk]|add_[qk]_proj)\.weight$",
     re.IGNORECASE,
 )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from headwise.atlas.report.view import (
@@ -11,7 +13,9 @@ from headwise.atlas.report.view import (
     Dose,
     Example,
     Failure,
+    Fresh,
     HeadMap,
+    Masked,
     Matrix,
     Off,
     Pair,
@@ -120,6 +124,7 @@ def report() -> Report:
         ),
         (claim("L6H3", effect=2.9), claim("L5H1", effect=1.2, q=0.013), *rest(70, 0.08)),
     )
+    ioi = replace(ioi, fresh=Fresh(("L5H1", "L6H3"), 0.91, 0.84, 0.98, 0.03, 8, 20, True))
     needle = behaviour(
         "needle",
         "a fact in a long text",
@@ -197,7 +202,6 @@ def report() -> Report:
     return Report(
         model=f"zoo:planted {EVIL}",
         n_heads=LAYERS * HEADS,
-        n_layers=LAYERS,
         asked=(
             Shown("Items per probe", "64, half for finding, half for testing"),
             Shown("Knock-out", "mode zero, scope all"),
@@ -227,9 +231,11 @@ def report() -> Report:
                 Pair("needle", "ioi", 1.0, 0.03, 0.88, 1.02, True),
             ),
             (Alike("ioi", "needle", 0.04, 0, 0.06, 1.0), Alike("ioi", "conflict", 0.41, 1, 0.06, 0.055)),
+            (Masked(0.2, 14, 31.0, 42.5, -0.4, 0.1), Masked(0.3, 21, 18.25, 20.0, 1.5, 2.0)),
         ),
         examples=(
             Example("ioi", "3fa9c1d2", tokens, " Mary", patterns),
+            Example("text", "5e1d0c2b", tokens, "", patterns),
             Example("needle", "77ab01ff", long, " word9", (Pattern("L3H0", tuple(float(w) for w in spread), False),)),
         ),
         doses=(

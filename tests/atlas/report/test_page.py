@@ -110,6 +110,39 @@ def test_family_and_number_of_items_are_named(said: str, elements: Elements) -> 
     assert said in " ".join(elements.texts)
 
 
+def test_the_heads_behind_a_behaviour_are_told_on_fresh_items(report: Report, elements: Elements) -> None:
+    said = " ".join("".join(elements.texts).replace("\u202f", " ").split())
+    assert (
+        "On 8 fresh items, which neither found nor verified a head, it holds. The 2 heads behind it, out together: 91 "
+        "% of reach [84 %, 98 %] lost; 20 random sets: up to 3 % (95th percentile)."
+    ) in said
+    assert said.count("fresh items, which neither found") == 1
+    (fresh,) = (each.fresh for each in report.behaviours if each.fresh)
+    fallen = tuple(replace(each, fresh=replace(fresh, holds=False)) for each in report.behaviours)
+    assert "it does not hold" in page(replace(report, behaviours=fallen))
+
+
+def test_functional_dissociation_has_a_table_of_both_scores(report: Report, drawn: str) -> None:
+    for part in ("Functional dissociation", "D, scale-free", "42.5", "14 heads"):
+        assert part in drawn
+    assert report.matrix is not None
+    without = page(replace(report, matrix=replace(report.matrix, masked=())))
+    assert "Functional dissociation" not in without
+
+
+def test_an_item_without_an_answer_is_encoded_as_a_whole(report: Report, drawn: str) -> None:
+    asked = [each for each in report.examples if each.answer]
+    whole = [each for each in report.examples if not each.answer]
+    both = "from the position that predicts the answer or averaged over all positions, one item each"
+    assert both in drawn
+    encoder = page(replace(report, examples=tuple(whole)))
+    assert "attention weight averaged over all positions, one item each" in encoder
+    assert "answer: " not in encoder
+    assert "attention weight from the position that predicts the answer, one" in page(
+        replace(report, examples=tuple(asked))
+    )
+
+
 def test_what_has_no_verdict_is_called_descriptive(report: Report) -> None:
     one = replace(report, maps=report.maps[:1], examples=(), matrix=None)
     assert "descriptive: not verified" in page(one)

@@ -9,7 +9,7 @@ import made
 from rich.console import Console
 
 from headwise.atlas.report import page
-from headwise.atlas.report.view import Claim, Report
+from headwise.atlas.report.view import Claim, Failure, Report
 from headwise.atlas.summary import told
 
 PATH = Path("atlas-planted/report.html")
@@ -33,6 +33,16 @@ def test_it_says_what_is_verified_refused_and_where_the_report_is() -> None:
     assert "3 of 64 items" in flat
     assert "3 of 72 heads verified alone. Report: atlas-planted/report.html" in flat
     assert "1 undecidable" in flat
+
+
+def test_methods_that_do_not_fit_a_probe_are_counted_and_probes_are_named() -> None:
+    failures = (Failure("find/direct-logit-source/ioi", "no span"), Failure("find/copying/ioi", "none"))
+    text = " ".join(
+        printed(replace(made.report(), refused=(*failures, Failure("echo", "half of them are needed")))).split()
+    )
+    assert "2 pairs of method and probe gave no scores" in text
+    assert "no span" not in text
+    assert "echo" in text
 
 
 def test_square_brackets_in_a_name_are_no_markup() -> None:

@@ -18,11 +18,16 @@ VISIBLE = {"\n": "\u21b5\n", "\t": "\u21e5", "": "\u2205"}
 def examples(drawn: Sequence[Example]) -> Html:
     key = tag(
         "p",
-        "Shade: attention weight from the position that predicts the answer, one item each (n = 1). ",
+        f"Shade: attention weight {' or '.join(dict.fromkeys(_from(each) for each in drawn))}, one item each (n = 1). ",
         *(tag("span", f"\u2265\u202f{bound:g}", class_=f"t c{i + 1}") for i, bound in enumerate(BOUNDS)),
         class_="note shades",
     )
     return join(key, *(_example(each) for each in drawn))
+
+
+def _from(example: Example) -> str:
+    """Which rows are drawn: an item without an answer is encoded as a whole."""
+    return "from the position that predicts the answer" if example.answer else "averaged over all positions"
 
 
 def doses(drawn: Sequence[Dose]) -> Html:
@@ -83,7 +88,7 @@ def _example(example: Example) -> Html:
             role="application",
             aria_label=f"tokens of item {example.item}; arrow keys move from token to token",
         ),
-        tag("p", "answer: ", tag("b", _visible(example.answer)), class_="answer"),
+        tag("p", "answer: ", tag("b", _visible(example.answer)), class_="answer") if example.answer else None,
         tag("output", _strongest(example, first) if first else "no pattern was kept"),
         class_="example",
     )

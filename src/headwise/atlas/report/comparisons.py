@@ -72,6 +72,7 @@ def matrix(found: Matrix) -> Html:
         tag("div", table, class_="scroll", tabindex=0, role="region", aria_label="specialisation matrix"),
         _pairs(found),
         _alike(found),
+        _masked(found),
     )
 
 
@@ -129,7 +130,7 @@ def _largest(found: Matrix) -> float:
 def _pairs(found: Matrix) -> Html | None:
     if not found.pairs:
         return None
-    double = sum(each.double for each in found.pairs) // 2
+    double = len(found.dissociated)
     head = tag(
         "tr",
         tag("th", "Heads of", scope="col"),
@@ -157,8 +158,9 @@ def _pairs(found: Matrix) -> Html | None:
         tag("summary", tag("b", "Double dissociation"), f" {counted(double, 'pair')} of {len(found.pairs) // 2}"),
         tag(
             "p",
-            "The heads of one behaviour out, on its own items and on another's: shares of reach lost. Double: both "
-            "sets cost their own behaviour more than the other, and more so than random heads of the same layers.",
+            "The heads of one behaviour out, on its own items and on another's: shares of reach lost, on fresh items "
+            "that neither found nor verified a head. Double: both sets cost their own behaviour more than the other, "
+            "and more so than random heads of the same layers.",
             class_="note",
         ),
         tag("table", tag("thead", head), tag("tbody", *rows), class_="pairs stacked"),
@@ -191,6 +193,38 @@ def _alike(found: Matrix) -> Html | None:
     return tag(
         "details",
         tag("summary", tag("b", "Similarity of behaviours"), f" {counted(len(found.alike), 'pair')}"),
+        tag("table", tag("thead", head), tag("tbody", *rows), class_="pairs stacked"),
+    )
+
+
+def _masked(found: Matrix) -> Html | None:
+    if not found.masked:
+        return None
+    columns = ("Heads out", "D, original", "D, scale-free", "random heads, original", "random heads, scale-free")
+    head = tag(
+        "tr", *(tag("th", name, scope="col", class_="n" if place else None) for place, name in enumerate(columns))
+    )
+    rows = [
+        tag(
+            "tr",
+            tag("th", f"{percent(each.share)}, {counted(each.n_heads, 'head')}", scope="row"),
+            cell(columns[1], number(each.original), class_="n"),
+            cell(columns[2], number(each.scale_free), class_="n"),
+            cell(columns[3], number(each.random_original), class_="n"),
+            cell(columns[4], number(each.random_scale_free), class_="n"),
+        )
+        for each in found.masked
+    ]
+    return tag(
+        "details",
+        tag("summary", tag("b", "Functional dissociation"), " descriptive"),
+        tag(
+            "p",
+            "D of Li et al. 2023, in percent, mean over behaviours: how much better the others are solved than the "
+            "behaviour whose most important heads (by gate gradient) are out. Scale-free: each behaviour over its own "
+            "accuracy.",
+            class_="note",
+        ),
         tag("table", tag("thead", head), tag("tbody", *rows), class_="pairs stacked"),
     )
 

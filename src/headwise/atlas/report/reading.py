@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas
 from scipy import stats
 
+from headwise.atlas.report.command import beyond_command, command_of
 from headwise.atlas.report.view import (
     NAN,
     Alike,
@@ -18,7 +19,9 @@ from headwise.atlas.report.view import (
     Dose,
     Example,
     Failure,
+    Fresh,
     HeadMap,
+    Masked,
     Matrix,
     Off,
     Pair,
@@ -29,6 +32,7 @@ from headwise.atlas.report.view import (
 )
 from headwise.heads import HeadSet, SiteId
 from headwise.scores import HeadScores
+from headwise.verify.dissociation import Together
 from headwise.verify.evidence import Evidence
 from headwise.verify.specialisation import Specialisation, specialisation
 from headwise.verify.verdict import FamilyVerdict, JointVerdict, SingleVerdict
@@ -42,51 +46,39 @@ CONFIDENCE = 0.95
 FILES = (
     Shown("manifest.json", "what was planned, written before the first cell"),
     Shown("cells/", "every result as it was measured: JSON, and safetensors for arrays"),
-    Shown("tables/", "scores, effects, controls, verdicts, items, off_target as Parquet"),
+    Shown("tables/", "scores, effects, controls, verdicts, items, off_target, together, pairs, functional as Parquet"),
 )
 
 
-def report_of(atlas: Atlas, *, found: Specialisation | None = None, command: str = "") -> Report:
+def report_of(atlas: Atlas, *, command: str = "") -> Report:
     """What the report of an atlas shows, finished or not.
 
-    `found` is its specialisation, where it was measured with more than the atlas holds (double dissociations); it is
-    laid out from the atlas's families if left out. `command` repeats the run; made from the manifest if left out.
+    `command` repeats the run; made from the manifest if left out.
     """
     manifest = atlas.manifest
     families = atlas.families()
     off = _Off(atlas.off_target, manifest.off_target)
-    behaviours = tuple(_behaviour(atlas, evidence, verdict, off) for evidence, verdict in families)
+    fresh = {probe: _fresh(found) for probe, found in atlas.together().items()}
+    behaviours = tuple(
+        replace(_behaviour(atlas, evidence, verdict, off), fresh=fresh.get(verdict.family.probe))
+        for evidence, verdict in families
+    )
     alone = {each.family.probe: each.verified for _, each in families}
-    if found is None and families:
-        found = specialisation(families)
     return Report(
         model=manifest.model.name,
         n_heads=len(manifest.model.heads),
-        n_layers=len(manifest.model.sites),
         asked=_asked(manifest),
         origin=_origin(manifest),
         command=command or command_of(manifest, str(atlas.folder)),
         behaviours=behaviours,
         maps=_maps(atlas, families, alone),
-        matrix=None if found is None else _matrix(found),
+        matrix=_matrix(specialisation(families, atlas.crossed()), _masked(atlas)) if families else None,
         examples=tuple(each for probe in alone for each in _examples(atlas, probe, alone[probe])),
         doses=tuple(each for probe in alone for each in _doses(atlas.dose(probe))),
         refused=_refused(atlas, {each.probe for each in behaviours if each.refusal}),
         complete=atlas.complete,
         files=FILES,
     )
-
-
-def command_of(manifest: Manifest, folder: str) -> str:
-    """The command that makes an atlas like this one."""
-    settings = manifest.settings
-    parts = ["headwise", "atlas", manifest.model.name, "--out", folder, "--items", str(settings.items)]
-    parts += ["--seed", str(settings.seed), "--mode", settings.mode, "--scope", settings.scope]
-    parts += ["--probes", ",".join(each.id for each in manifest.behaviours)]
-    parts += ["--methods", ",".join(each.id for each in manifest.methods)]
-    if manifest.model.revision:
-        parts += ["--revision", manifest.model.revision]
-    return shlex.join(parts)
 
 
 class _Off:
@@ -139,6 +131,19 @@ def _behaviour(atlas: Atlas, evidence: Evidence, verdict: FamilyVerdict, off: _O
         refusal=verdict.refusal,
         joints=tuple(map(joint, verdict.joints)),
         singles=tuple(singles),
+    )
+
+
+def _fresh(found: Together) -> Fresh:
+    return Fresh(
+        found.heads.labels,
+        found.share.value,
+        found.share.low,
+        found.share.high,
+        found.ceiling,
+        found.n_items,
+        len(found.controls),
+        found.holds,
     )
 
 
@@ -228,14 +233,28 @@ def _places(sites: Sequence[SiteId], heads: HeadSet) -> tuple[tuple[int, int], .
     return tuple((list(sites).index(each.site), each.index) for each in heads.heads if each.site in sites)
 
 
-def _matrix(found: Specialisation) -> Matrix | None:
+def _masked(atlas: Atlas) -> tuple[Masked, ...]:
+    return tuple(
+        Masked(
+            each.alpha,
+            each.n_heads,
+            *(
+                float(np.nanmean(scores))
+                for scores in (each.original, each.scale_free, each.random_original, each.random_scale_free)
+            ),
+        )
+        for each in atlas.functional_dissociation()
+    )
+
+
+def _matrix(found: Specialisation, masked: tuple[Masked, ...]) -> Matrix | None:
     """The heads that are verified for something; None where there is none, or only one behaviour."""
     kept = np.asarray(found.verified.any(axis=1))
     if not kept.any() or len(found.behaviours) < 2:
         return None
     pairs = [
         Pair(of.heads_of, other, of.own, of.other, of.excess.low, of.excess.high, each.double)
-        for each in found.pairs
+        for each in sorted(found.pairs, key=lambda each: not each.double)
         for of, other in ((each.of_first, each.second), (each.of_second, each.first))
     ]
     alike = [
@@ -252,6 +271,7 @@ def _matrix(found: Specialisation) -> Matrix | None:
         index="tau (Yanai et al. 2005): 1 for a head that serves one behaviour, 0 for one that serves all alike",
         pairs=tuple(pairs),
         alike=tuple(alike),
+        masked=masked,
     )
 
 
@@ -320,7 +340,9 @@ def _asked(manifest: Manifest) -> tuple[Shown, ...]:
 
 def _origin(manifest: Manifest) -> tuple[Shown, ...]:
     model, settings = manifest.model, manifest.settings
+    beyond = beyond_command(manifest)
     lines = [
+        *([Shown("Beyond the command", beyond)] if beyond else []),
         Shown("Weights", model.weights_hash),
         Shown("Revision", model.revision or "none"),
         Shown("Run in", f"{model.dtype} on {model.device}, kernel {model.kernel}, {manifest.threads} threads"),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from headwise.atlas.report.charts import Axis, strip, strip_axis, strip_scale
 from headwise.atlas.report.markup import Html, cell, join, tag
 from headwise.atlas.report.numerals import NONE, chance_of, counted, interval, number, percent
-from headwise.atlas.report.view import Behaviour, Claim, Off, Report
+from headwise.atlas.report.view import Behaviour, Claim, Fresh, Off, Report
 
 MARKS = {"verified": "\u25cf", "not verified": "\u25cb", "undecidable": "\u25d0", "refused": "\u2298"}
 MATCHES = {"layers": "same layers", "model": "any layer"}
@@ -131,9 +131,25 @@ def _family(behaviour: Behaviour, axis: Axis) -> Html:
         "section",
         tag("h3", behaviour.probe, tag("small", behaviour.title)),
         family_line(behaviour),
+        _fresh(behaviour.fresh) if behaviour.fresh else None,
         tag("table", widths, head, tag("tbody", *rows), class_="claims stacked"),
         id=_anchor(behaviour),
         class_="family",
+    )
+
+
+def _fresh(fresh: Fresh) -> Html:
+    """The set of heads that all this comes down to, tried where nothing was chosen."""
+    n = len(fresh.heads)
+    who = f"The {counted(n, 'head')} behind it, out together" if n > 1 else "The head behind it, out"
+    held = "holds" if fresh.holds else "does not hold"
+    lost = f"{percent(fresh.share)} of reach [{percent(fresh.low)}, {percent(fresh.high)}]"
+    return tag(
+        "p",
+        f"On {fresh.n_items} fresh items, which neither found nor verified a head, it {held}. {who}: {lost} lost; "
+        f"{fresh.n_controls} random sets: up to {percent(fresh.ceiling)} (95th percentile). ",
+        chips(fresh.heads),
+        class_="note fresh",
     )
 
 

@@ -83,6 +83,21 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
+class Fresh:
+    """The heads behind a behaviour out together on fresh items: share of reach lost, and the control sets' 95th
+    percentile."""
+
+    heads: tuple[str, ...]
+    share: float
+    low: float
+    high: float
+    ceiling: float
+    n_items: int
+    n_controls: int
+    holds: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Behaviour:
     """One family of claims. `singles` are all heads of the exact map, in the order of their effects."""
 
@@ -101,6 +116,7 @@ class Behaviour:
     refusal: str
     joints: tuple[Claim, ...] = ()
     singles: tuple[Claim, ...] = ()
+    fresh: Fresh | None = None
 
     @property
     def reach(self) -> float:
@@ -194,6 +210,18 @@ class Alike:
     p: float
 
 
+@dataclass(frozen=True, slots=True)
+class Masked:
+    """The dissociation score of Li et al. 2023 with a share of the heads out, mean over behaviours, in percent."""
+
+    share: float
+    n_heads: int
+    original: float
+    scale_free: float
+    random_original: float
+    random_scale_free: float
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Matrix:
     """Heads by behaviours. `shares`: effect of each head alone, as a share of each behaviour's reach."""
@@ -206,6 +234,12 @@ class Matrix:
     index: str
     pairs: tuple[Pair, ...] = ()
     alike: tuple[Alike, ...] = ()
+    masked: tuple[Masked, ...] = ()
+
+    @property
+    def dissociated(self) -> tuple[tuple[str, str], ...]:
+        """The pairs of behaviours that dissociate doubly; `pairs` has two rows of each."""
+        return tuple((each.heads_of, each.other) for each in self.pairs[::2] if each.double)
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +300,6 @@ class Report:
 
     model: str
     n_heads: int
-    n_layers: int
     asked: tuple[Shown, ...]
     origin: tuple[Shown, ...]
     command: str
