@@ -33,6 +33,8 @@ class Apart:
 
 def left_padding(patient: Patient) -> Finding:
     """An edited row gives the same output alone and left-padded in a batch, in one forward and while generating."""
+    if patient.text is None:
+        return Finding("n/a", "not a decoder that runs on padded tokens alone")
     return _with_what_is_served(_under_left_padding, patient)
 
 
@@ -69,8 +71,7 @@ def _is_served(one: edit.Edit, patient: Patient) -> bool:
 
 
 def _under_left_padding(patient: Patient, edits: Sequence[edit.Edit]) -> Finding:
-    if patient.text is None:
-        return Finding("n/a", "not a decoder that runs on padded tokens alone")
+    assert patient.text is not None
     alone, batch = _padded(patient.text)
 
     def both() -> tuple[Tensor, Tensor]:
