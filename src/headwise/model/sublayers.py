@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -30,8 +29,10 @@ from torch import Tensor, nn
 
 from headwise.errors import InputError
 from headwise.heads import SiteId
-from headwise.model.norms import FinalNorm, float_dtype, may_be_norm, measure_norm, submodule
-from headwise.model.ways import NoGradient, Passed, Way, find_way, gradients, signs_like
+from headwise.model.block_run import BlockRun, Call, Seen, same_values
+from headwise.model.feed_forward import feed_forward_of
+from headwise.model.norms import FinalNorm, may_be_norm, measure_norm, submodule
+from headwise.model.ways import NoGradient, Passed, Way, find_way
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,57 +163,13 @@ def with_first_tensor(output: Any, tensor: Tensor) -> Any:
 # ----------------------------------------------------------------------------------------------- recording one forward
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """A tensor as it passed by: the object in the graph, and its values then."""
-
-    tensor: Tensor
-    value: Tensor
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Seen:
-        return cls(tensor, tensor.detach().clone())
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """One call of a submodule of a block; `only` is its input if it was given that tensor and nothing else."""
-
-    name: str
-    module: nn.Module
-    inputs: tuple[_Seen, ...]
-    only: _Seen | None
-    output: _Seen | None
-
-    def on_stream(self, x: Tensor) -> _Call:
-        """The call with only those of its tensors that could be a state of the stream x or a write to it."""
-        inputs = tuple(seen for seen in self.inputs if _is_stream_like(seen.value, x))
-        only = self.only if self.only is not None and _is_stream_like(self.only.value, x) else None
-        output = self.output if self.output is not None and _is_stream_like(self.output.value, x) else None
-        return replace(self, inputs=inputs, only=only, output=output)
-
-
-@dataclass(slots=True)
-class _BlockRun:
-    """What is kept of a block while it runs: leaves stand for its arguments, and calls are in order of their return."""
-
-    block: nn.Module
-    leaves: dict[int | str, Tensor]
-    grad_was_on: bool
-    open: list[tuple[tuple[_Seen, ...], bool]] = field(default_factory=list)
-    calls: list[_Call] = field(default_factory=list)
-
-    def keeps(self, value: object) -> bool:
-        return isinstance(value, Tensor) and any(_is_stream_like(value, leaf) for leaf in self.leaves.values())
-
-
 class _RecordedForward:
     """The hooks of one recorded forward; only one block is kept at a time."""
 
     def __init__(self, names: Mapping[str, str], writes: Mapping[str, str]) -> None:
         self.names = names
         self.writes = writes
-        self.running: _BlockRun | None = None
+        self.running: BlockRun | None = None
         self.found: dict[str, Block] = {}
         self.last: dict[str, Tensor] = {}
         self.norms: dict[str, dict[str, FinalNorm]] = {}
@@ -229,7 +186,7 @@ class _RecordedForward:
                 for key, value in given.items()
                 if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3
             }
-            self.running = _BlockRun(block, leaves, torch.is_grad_enabled())
+            self.running = BlockRun(block, leaves, torch.is_grad_enabled())
             torch.set_grad_enabled(True)
             # Clones, because a block may add to its input in place and a leaf that needs a gradient forbids it.
             passed = {key: leaf.clone() for key, leaf in leaves.items()}
@@ -265,7 +222,7 @@ class _RecordedForward:
             run = self.running
             if run is not None and run.block is block:
                 given = [*args, *kwargs.values()]
-                inputs = tuple(_Seen.of(value) for value in given if run.keeps(value))
+                inputs = tuple(Seen.of(value) for value in given if run.keeps(value))
                 run.open.append((inputs, len(given) == 1))
 
         return hook
@@ -277,8 +234,8 @@ class _RecordedForward:
                 return None
             inputs, alone = run.open.pop()
             tensor = first_tensor(output)
-            seen = _Seen.of(tensor) if tensor is not None and run.keeps(tensor) else None
-            run.calls.append(_Call(name, module, inputs, inputs[0] if alone and inputs else None, seen))
+            seen = Seen.of(tensor) if tensor is not None and run.keeps(tensor) else None
+            run.calls.append(Call(name, module, inputs, inputs[0] if alone and inputs else None, seen))
             # The block gets a clone: Falcon adds to a module's output in place, and its own gradient would be lost.
             return None if seen is None else with_first_tensor(output, seen.tensor.clone())
 
@@ -339,7 +296,7 @@ def _is_part_of(x: Tensor, stream: Tensor) -> bool:
 
 
 def _ways(
-    block: Block, run: _BlockRun, stream: Tensor, writes: Mapping[str, str], before: Tensor | None
+    block: Block, run: BlockRun, stream: Tensor, writes: Mapping[str, str], before: Tensor | None
 ) -> dict[str, Way | str]:
     """See `Block.ways`; `before` is the stream behind the block that ran before this one."""
     prefix = f"{block.module}."
@@ -369,12 +326,12 @@ def _ways(
         found[label] = way or "it does not reach the stream by factors and norms alone, past the block's other writes"
     if block.calls > 1:
         found["stream"] = f"the block ran {block.calls} times"
-    elif before is not None and not _same(before, x):
+    elif before is not None and not same_values(before, x):
         found["stream"] = "the stream is changed between the block before and this one"
     return found
 
 
-def _only_output(run: _BlockRun, name: str) -> Tensor | str:
+def _only_output(run: BlockRun, name: str) -> Tensor | str:
     outputs = [call.output for call in run.calls if call.name == name]
     if len(outputs) != 1:
         return f"{name} ran {len(outputs)} times in the block"
@@ -383,20 +340,7 @@ def _only_output(run: _BlockRun, name: str) -> Tensor | str:
     return outputs[0].tensor
 
 
-# ----------------------------------------------------------------------------------------------------- the feed-forward
-
-
-@dataclass(frozen=True, slots=True)
-class _Write:
-    """Module `name` adds `scale * output` to the sum that the block returns, through `closing_norm` if there is one."""
-
-    name: str
-    scale: float
-    closing_norm: str | None
-    output: _Seen
-
-
-def _measure_block(label: str, name: str, run: _BlockRun, stream: Tensor | None, calls: int) -> Block:
+def _measure_block(label: str, name: str, run: BlockRun, stream: Tensor | None, calls: int) -> Block:
     def without(reason: str) -> Block:
         return Block(label, name, False, None, None, 1.0, None, calls, {"residual": reason, "mlp": reason})
 
@@ -406,129 +350,8 @@ def _measure_block(label: str, name: str, run: _BlockRun, stream: Tensor | None,
     key = next((key for key, leaf in run.leaves.items() if leaf.shape == stream.shape), None)
     if key is None:
         return without(f"no argument of the block has the shape of its output {list(stream.shape)}")
-    found = _feed_forward(run, run.leaves[key], stream)
+    found = feed_forward_of(run, run.leaves[key], stream)
     if isinstance(found, str):
         return Block(label, name, True, key, None, 1.0, None, calls, {"mlp": found})
     closing = None if found.closing_norm is None else f"{name}.{found.closing_norm}"
     return Block(label, name, True, key, f"{name}.{found.name}", found.scale, closing, calls, {})
-
-
-def _feed_forward(run: _BlockRun, x: Tensor, stream: Tensor) -> _Write | str:
-    """The block's one feed-forward write, or in words why there is none."""
-    if x.shape[1] < 2:
-        return "the forward it was measured on had one position; what acts on each alone shows from two on"
-    y = _Seen.of(stream)
-    run.calls = [call.on_stream(x) for call in run.calls]
-    try:
-        writes = _feed_forward_writes(run, x, y, None)
-        for call in run.calls:
-            if writes or call.only is None or call.output is None or not _same(call.output.value, y.value):
-                continue
-            if measure_norm(call.name, call.module, call.only.value, call.output.value) is not None:
-                writes = _feed_forward_writes(run, x, call.only, call.name)
-    except NoGradient as error:
-        return f"gradients do not pass through the block: {error}"
-    if not writes:
-        return "no module of the block adds its output to the stream and reads the stream at each position alone"
-    # A dropout or layer-drop after the write returns the same values: the module that made them comes first.
-    others = [write.name for write in writes[1:] if not _same(write.output.value, writes[0].output.value)]
-    if others:
-        return f"several modules add to the stream side by side: {', '.join([writes[0].name, *others])}"
-    return writes[0]
-
-
-def _feed_forward_writes(run: _BlockRun, x: Tensor, total: _Seen, closing_norm: str | None) -> list[_Write]:
-    """All outermost modules with the four properties at the top of this file, in the order in which they returned."""
-    if not total.tensor.requires_grad:
-        return []
-    states = [_Seen.of(x), *(seen for call in run.calls for seen in (*call.inputs, call.output) if seen is not None)]
-    signs = signs_like(x)
-    writes: list[_Write] = []
-    for name, scale, output in _added_to(run, total, signs):
-        if any(name.startswith(f"{outer.name}.") for outer in writes):
-            continue
-        rest, bound = _rest(total, scale, output)
-        if bool((rest.abs() <= bound).all()):
-            continue  # It is all that the block returns: there is no stream that it could be added to.
-        before = [state for state in states if _is_multiple(rest, state, bound)]
-        at_input = [state for state in states if _same(state.value, x)]
-        if any(_reads_each_position_alone(output, sources, run, signs) for sources in (before, at_input)):
-            writes.append(_Write(name, scale, closing_norm, output))
-    returned = [call.name for call in run.calls]
-    return sorted(writes, key=lambda write: returned.index(write.name))
-
-
-def _added_to(run: _BlockRun, total: _Seen, signs: Tensor) -> list[tuple[str, float, _Seen]]:
-    """Name, factor c and output of each module with d(total)/d(output) = c times the identity; outer ones first."""
-    times = Counter(call.name for call in run.calls)
-    asked = [
-        (call.name, call.output)
-        for call in run.calls
-        if times[call.name] == 1 and call.output is not None and call.output.tensor.requires_grad
-    ]
-    # With r of random signs, r^T d(total)/d(output) = c r holds for c times the identity and by luck for nothing else,
-    # and signs are exact in every dtype.
-    towards = signs.view_as(total.tensor)
-    found = gradients(total.tensor, [seen.tensor for _, seen in asked], towards)
-    added = []
-    for (name, seen), gradient in zip(asked, found, strict=True):
-        if gradient is None:
-            continue
-        ratio = (gradient.reshape(signs.shape) * signs).to(float_dtype(gradient))
-        c = float(ratio.mean())
-        if c != 0 and float((ratio - c).abs().max()) <= 4 * torch.finfo(gradient.dtype).eps * abs(c):
-            added.append((name, c, seen))
-    return sorted(added, key=lambda entry: entry[0].count("."))
-
-
-def _rest(total: _Seen, scale: float, output: _Seen) -> tuple[Tensor, Tensor]:
-    """total - scale * output, flat, and how far from it rounding may have moved each element."""
-    whole = total.value.flatten().to(float_dtype(total.value))
-    part = scale * output.value.flatten().to(whole.dtype)
-    # One rounding of the product and one of the sum, each at most eps / 2 of its result; and room for a fused order.
-    return whole - part, 4 * torch.finfo(total.value.dtype).eps * (whole.abs() + part.abs())
-
-
-def _is_multiple(rest: Tensor, state: _Seen, bound: Tensor) -> bool:
-    """Whether rest = a * state for some number a != 0, element by element."""
-    value = state.value.flatten().to(rest.dtype)
-    if not bool(value.any()):
-        return False
-    a = (rest @ value) / (value @ value)
-    return bool(a != 0) and bool(((rest - a * value).abs() <= bound).all())
-
-
-def _reads_each_position_alone(output: _Seen, sources: Sequence[_Seen], run: _BlockRun, signs: Tensor) -> bool:
-    """Whether output at a position depends on the sources there and not elsewhere, and on nothing else the block got.
-
-    Gradients of what does not depend are exact zeros or absent. Two positions are asked: the last, which a causal mixer
-    fills from all others, and a middle one, since a mask may shut the last one off.
-    """
-    cut = [source.tensor for source in sources if source.tensor.requires_grad]
-    others = [leaf for leaf in run.leaves.values() if all(leaf is not tensor for tensor in cut)]
-    length = signs.shape[1]
-    for position in {length - 1, (length - 1) // 2}:
-        towards = torch.zeros_like(signs)
-        towards[:, position] = signs[:, position]
-        towards = towards.view_as(output.tensor)
-        reached = torch.zeros(length, dtype=torch.bool, device=signs.device)
-        for gradient in gradients(output.tensor, cut, towards):
-            if gradient is not None:
-                reached |= (gradient.reshape(signs.shape) != 0).any(-1).any(0)
-        if reached.nonzero().flatten().tolist() != [position]:
-            return False
-        with ExitStack() as undo:
-            for tensor in cut:
-                undo.callback(tensor.register_hook(torch.zeros_like).remove)  # type: ignore[no-untyped-call]
-            if any(g is not None and bool((g != 0).any()) for g in gradients(output.tensor, others, towards)):
-                return False
-    return True
-
-
-def _is_stream_like(tensor: Tensor, stream: Tensor) -> bool:
-    """As the stream, or as its rows flattened to [batch * position, d_model]."""
-    return tensor.numel() == stream.numel() and tensor.shape[-1:] == stream.shape[-1:]
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.numel() == b.numel() and a.dtype == b.dtype and torch.equal(a.flatten(), b.flatten())
