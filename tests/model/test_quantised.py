@@ -22,7 +22,7 @@ import headwise as hw
 from headwise import zoo
 from headwise.model.attached import AttachedModel
 from headwise.model.identity import weights_hash
-from headwise.model.projection import head_weights
+from headwise.model.running.projection import head_weights
 
 HEADS, WIDTH = 4, 16
 

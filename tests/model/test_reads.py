@@ -18,7 +18,7 @@ import headwise as hw
 from headwise import zoo
 from headwise.errors import Refusal
 from headwise.model import read
-from headwise.model.statistics import RowStatistics
+from headwise.model.attention.statistics import RowStatistics
 
 LEFT_PADDING = (0, 12)  # of the zoo's decoder example
 close = torch.testing.assert_close

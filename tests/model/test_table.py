@@ -15,8 +15,8 @@ import headwise as hw
 from headwise import zoo
 from headwise.errors import InputError
 from headwise.heads import Head, HeadSet, KVGroup, SiteId
+from headwise.model.finding.sublayers import Sublayers
 from headwise.model.site import Site
-from headwise.model.sublayers import Sublayers
 from headwise.model.table import SiteTable
 
 

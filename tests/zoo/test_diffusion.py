@@ -12,7 +12,7 @@ import headwise as hw
 from headwise import zoo
 from headwise.catalogue import entries
 from headwise.errors import InputError, Refusal
-from headwise.model.denoiser_example import denoiser_inputs
+from headwise.model.finding.denoiser_example import denoiser_inputs
 from headwise.zoo.diffusion import DENOISERS
 
 NAMES = [row.name for row in DENOISERS]

@@ -16,7 +16,7 @@ from headwise.cli.loading import Loading, load_model
 from headwise.heads import SiteId
 
 if TYPE_CHECKING:
-    from headwise.model.doctor import DoctorReport, SiteReport
+    from headwise.model.proving.doctor import DoctorReport, SiteReport
 
 STYLES = {"pass": "green", "fail": "bold red", "n/a": "dim"}
 
@@ -41,7 +41,7 @@ def doctor(
         how = Loading(device, dtype, revision, attn, allow_pickle, trust_remote_code)
         attached = load_model(model, how)
         # Imported here, so that `headwise --help` does not wait for torch.
-        from headwise.model.doctor import examine
+        from headwise.model.proving.doctor import examine
 
         report = examine(attached, seed=seed or 0, began=lambda check: say(f"checking: {check}"))
     if json:

@@ -50,12 +50,12 @@ from headwise.find.method import Method, Scored, scored_sites
 from headwise.heads import SiteId
 from headwise.model import edit, read
 from headwise.model.attached import AttachedModel
-from headwise.model.example import can_generate
-from headwise.model.norms import FinalNorm, NormAffine, float_dtype
-from headwise.model.projection import head_weights
+from headwise.model.finding.example import can_generate
+from headwise.model.finding.norms import FinalNorm, NormAffine, float_dtype
+from headwise.model.finding.sublayers import Block
+from headwise.model.finding.ways import Way, norm_back
+from headwise.model.running.projection import head_weights
 from headwise.model.site import Site
-from headwise.model.sublayers import Block
-from headwise.model.ways import Way, norm_back
 from headwise.probes.encoding import ItemSet
 
 POSITIONS = 64

@@ -44,7 +44,7 @@ from headwise.metrics import logit_difference
 from headwise.model import read
 from headwise.model.attached import AttachedModel
 from headwise.model.direct import Directions, DirectPaths, direct_paths
-from headwise.model.projection import head_weights
+from headwise.model.running.projection import head_weights
 from headwise.model.site import Site
 from headwise.probes.batch import Batch
 from headwise.probes.encoding import ItemSet

@@ -25,7 +25,7 @@ from headwise.find.patterns import Tokens, mean_over, reduced
 from headwise.find.search import over_batches
 from headwise.model import read
 from headwise.model.attached import AttachedModel
-from headwise.model.rows import uniform_pattern
+from headwise.model.attention.rows import uniform_pattern
 from headwise.probes.batch import Batch
 from headwise.probes.encoding import ItemSet
 

@@ -13,22 +13,22 @@ from torch import Tensor, nn
 from headwise.errors import InputError, Refusal
 from headwise.heads import HeadSet
 from headwise.model.capture import Opened
-from headwise.model.denoising import BRANCHES, Denoising, Guidance, checked_denoising
-from headwise.model.discover import discover
-from headwise.model.dual import Dual, open_dual
 from headwise.model.edit import Edit
+from headwise.model.finding.discover import discover
 from headwise.model.identity import weights_hash
-from headwise.model.lowering import Lowered, open_lowered
-from headwise.model.plan import Layer
 from headwise.model.positions import SpanRows
 from headwise.model.read import Read
-from headwise.model.runner import Runner, refuse_dropout
+from headwise.model.running.denoising import BRANCHES, Denoising, Guidance, checked_denoising
+from headwise.model.running.dual import Dual, open_dual
+from headwise.model.running.lowering import Lowered, open_lowered
+from headwise.model.running.plan import Layer
+from headwise.model.running.runner import Runner, refuse_dropout
 from headwise.model.site import Site, Unserved
 from headwise.model.table import SiteTable
 from headwise.scores import Provenance
 
 if TYPE_CHECKING:
-    from headwise.model.doctor import DoctorReport
+    from headwise.model.proving.doctor import DoctorReport
 
 
 class AttachedModel:
@@ -134,7 +134,7 @@ class AttachedModel:
 
     def doctor(self, *, seed: int = 0) -> DoctorReport:
         """Prove on this model, dtype, device and kernel that reads and edits do what they say (see `doctor`)."""
-        from headwise.model.doctor import examine
+        from headwise.model.proving.doctor import examine
 
         return examine(self, seed=seed)
 

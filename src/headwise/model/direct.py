@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from headwise.errors import Refusal
 from headwise.heads import SiteId
 from headwise.model.attached import AttachedModel
-from headwise.model.norms import FinalNorm, NormAffine, float_dtype
-from headwise.model.sublayers import Block, first_tensor
-from headwise.model.ways import Way, norm_back
+from headwise.model.finding.norms import FinalNorm, NormAffine, float_dtype
+from headwise.model.finding.sublayers import Block, first_tensor
+from headwise.model.finding.ways import Way, norm_back
 
 Raw = Float[Tensor, "item token vocab"]
 Directions = Mapping[str, Float[Tensor, "item token d_model"]]

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from headwise.errors import InputError
 from headwise.heads import SiteId
+from headwise.model.attention.rows import uniform_pattern
 from headwise.model.positions import Positions, Window
-from headwise.model.rows import uniform_pattern
 
 VALUE_VARIABLES = frozenset({"q", "k", "v", "z", "mlp", "residual_pre", "residual_post"})
 ROW_VARIABLES = frozenset({"score", "pattern"})

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from headwise.errors import InputError
+from headwise.model.attention.statistics import STATISTICS
 from headwise.model.positions import Positions, checked_positions
 from headwise.model.scopes import Scope, parse_scope
-from headwise.model.statistics import STATISTICS
 
 Point = Literal["post_gate", "pre_gate"]
 HeadLike = Any  # a HeadSet, heads, groups, site labels, label strings, or None for all

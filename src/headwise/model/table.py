@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from headwise.errors import InputError
 from headwise.heads import MAIN, Head, HeadSet, KVGroup, SiteId
+from headwise.model.finding.sublayers import Block, Sublayers
 from headwise.model.site import Site, Unserved
-from headwise.model.sublayers import Block, Sublayers
 
 Want = Literal["head", "group"]
 

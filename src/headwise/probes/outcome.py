@@ -27,8 +27,8 @@ from torch import Tensor
 from headwise.errors import InputError, Refusal
 from headwise.model.attached import AttachedModel
 from headwise.model.edit import Edit
-from headwise.model.example import can_generate
-from headwise.model.run import parameter_names
+from headwise.model.finding.example import can_generate
+from headwise.model.running.run import parameter_names
 from headwise.probes.batch import Batch
 from headwise.probes.encoding import Ids
 

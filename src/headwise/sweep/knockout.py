@@ -26,7 +26,7 @@ from headwise.metrics import Metric, metric
 from headwise.model import edit, read
 from headwise.model.attached import AttachedModel
 from headwise.model.edit import Edit
-from headwise.model.example import can_generate
+from headwise.model.finding.example import can_generate
 from headwise.model.operations import Here
 from headwise.model.reference import Reference
 from headwise.probes.batch import Batch, pad

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from headwise.errors import InputError, Refusal
-from headwise.model.denoiser_example import denoiser_inputs
+from headwise.model.finding.denoiser_example import denoiser_inputs
 from headwise.zoo.tiny import Organism
 from headwise.zoo.weights import roughen
 

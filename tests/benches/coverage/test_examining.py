@@ -10,8 +10,8 @@ from headwise.benches.coverage import examining
 from headwise.benches.coverage.examining import NO_OP, ZERO, Z, examine
 from headwise.benches.coverage.result import Result
 from headwise.benches.coverage.rows import Row, committed
-from headwise.model import doctor
-from headwise.model.findings import Finding
+from headwise.model.proving import doctor
+from headwise.model.proving.findings import Finding
 
 SAMPLE = (
     "llama causal",

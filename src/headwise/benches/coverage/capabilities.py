@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from headwise.benches.coverage.result import Outcome
 from headwise.benches.coverage.rows import Row
 from headwise.errors import HeadwiseError, Refusal
-from headwise.model import checks, edit, edit_checks, read
+from headwise.model import edit, read
 from headwise.model.attached import AttachedModel, attach
-from headwise.model.doctor import DoctorReport
-from headwise.model.example import can_generate
-from headwise.model.findings import Finding, one_line
-from headwise.model.patient import Patient, distance, same, slices_of
+from headwise.model.finding.example import can_generate
+from headwise.model.proving import checks, edit_checks
+from headwise.model.proving.doctor import DoctorReport
+from headwise.model.proving.findings import Finding, one_line
+from headwise.model.proving.patient import Patient, distance, same, slices_of
 from headwise.model.site import Site
 
 COLUMNS = ("rows", "z", "generate", "gradients", "patching", "bf16", "offload", "NF4")
@@ -137,7 +138,7 @@ def _other_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _putting(patient: Patient, sites: list[Site], slices: Mapping[Any, Tensor]) -> Any:
-    from headwise.model.patient import columns_of
+    from headwise.model.proving.patient import columns_of
 
     def put(module: nn.Module, site: Site, args: tuple[Any, ...]) -> tuple[Any, ...]:
         columns = columns_of(site)[patient.drawn[site.id]]

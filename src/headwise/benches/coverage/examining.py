@@ -22,7 +22,7 @@ from headwise.benches.coverage.result import Outcome, Result, Status
 from headwise.benches.coverage.rows import Row
 from headwise.errors import HeadwiseError, Refusal
 from headwise.model.attached import AttachedModel, attach
-from headwise.model.doctor import DoctorReport
+from headwise.model.proving.doctor import DoctorReport
 
 NO_OP = "no-op is bit-identical"
 Z = "z is the projection's input"

@@ -18,8 +18,8 @@ from torch import nn
 from headwise.benches.coverage.given import GIVEN
 from headwise.benches.coverage.parts import Inputs, noise, setting, text, tokens, with_decoder
 from headwise.benches.coverage.rows import Row
-from headwise.model.example import example_inputs
-from headwise.model.run import named_arguments
+from headwise.model.finding.example import example_inputs
+from headwise.model.running.run import named_arguments
 
 
 class NoInputs(Exception):

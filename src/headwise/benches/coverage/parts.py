@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headwise.model.run import named_arguments
+from headwise.model.running.run import named_arguments
 
 LENGTH = 24
 Inputs = dict[str, Any]

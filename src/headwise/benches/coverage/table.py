@@ -12,7 +12,7 @@ from headwise.benches.coverage.examining import NO_OP, ROWS, ZERO, Z
 from headwise.benches.coverage.most_used import MOST_USED
 from headwise.benches.coverage.result import MEANING, Outcome, Result
 from headwise.benches.coverage.rows import TASKS
-from headwise.model.doctor import EXAMINATIONS
+from headwise.model.proving.doctor import EXAMINATIONS
 
 COMMAND = "python -m headwise.benches.coverage docs/models.md"
 

@@ -1,0 +1,1 @@
+"""Calls of attention, by either way in, and their rows and statistics."""

@@ -1,0 +1,1 @@
+"""The doctor: what is said of a model is proved on it."""
