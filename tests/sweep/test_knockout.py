@@ -15,7 +15,7 @@ import headwise as hw
 from headwise.errors import InputError, Refusal
 from headwise.heads import HeadSet
 from headwise.probes import ItemSet, encode, probe
-from headwise.sweep import MODES, KnockOut, knockout, measure_sets
+from headwise.sweep import MODES, KnockOut, measure_sets, measuring
 from headwise.sweep.knockout import reference_of
 from headwise.zoo.planted import planted
 
@@ -95,7 +95,7 @@ def test_the_layout_of_forwards_changes_nothing(monkeypatch: pytest.MonkeyPatch,
     """One item at a time, some, and all at once."""
     model, items, how = small("llama"), texts("llama"), KnockOut()
     expected = measure_sets(model, items, SETS, how)
-    monkeypatch.setattr(knockout, "TOKENS", tokens)
+    monkeypatch.setattr(measuring, "TOKENS", tokens)
     torch.testing.assert_close(measure_sets(model, items, SETS, how), expected, rtol=0, atol=1e-9)
 
 
@@ -179,7 +179,7 @@ def test_some_items_without_a_position_in_the_scope_cost_nothing_there(
 ) -> None:
     """By the call, not by the forward."""
     model, items = small("llama"), texts("llama")
-    monkeypatch.setattr(knockout, "TOKENS", tokens)
+    monkeypatch.setattr(measuring, "TOKENS", tokens)
     first, *others = items.items
     mixed = replace(items, items=(*(replace(each, answer=each.answer[:1]) for each in others), first))
     clean, out = measure_sets(model, mixed, [HeadSet(), SETS[3]], KnockOut("zero", "decode"))

@@ -14,7 +14,7 @@ from headwise.model.identity import weights_hash
 from headwise.model.positions import check_scope
 from headwise.scores import Provenance
 from headwise.sweep import MODES, Mode
-from headwise.sweep.knockout import TOKENS
+from headwise.sweep.measuring import TOKENS
 
 FORMAT_VERSION = 1
 """Of the folder: which files it has and how they are read."""

@@ -97,6 +97,10 @@ class AttachedModel:
         """Whether a plan of reads or edits is open."""
         return self._runner.planned
 
+    def answering(self, site: Site, entering: Tensor) -> Tensor:
+        """What enters a projection, after edits of z of the open plan, where no attention runs in front of it."""
+        return self._runner.answering(site, entering)
+
     def site(self, label: str) -> Site:
         """The site of a label such as `L4`. Raises InputError, with the nearest labels, if there is none."""
         return self.table.site(label)

@@ -53,6 +53,7 @@ class Outcome:
         generated: ids of the greedy continuation, up to and with the end token; -1 behind it.
         text: the continuation as the tokenizer writes it, special tokens left out.
         embedding: mean of the last hidden state over the tokens of the prompt.
+        cache: keys and values of all columns of the run for logits, where they were asked for and the model gives them.
     """
 
     batch: Batch
@@ -60,6 +61,7 @@ class Outcome:
     generated: Int[Tensor, "item token"] | None = None
     text: tuple[str, ...] | None = None
     embedding: Float[Tensor, "item width"] | None = None
+    cache: Any = None
 
     @property
     def predicting(self) -> Bool[Tensor, "item token"]:
@@ -68,6 +70,14 @@ class Outcome:
         mask[:, : self.batch.answers.shape[1]] = self.batch.answer_mask
         mask[:, 0] = True
         return mask if self.logits is None else mask.to(self.logits.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """The columns that stand in a cache before a run: those below `column`."""
+
+    cache: Any
+    column: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +135,8 @@ def observe(
     wants: Collection[Want],
     new_tokens: int | None = None,
     gradients: bool = False,
+    cached: bool = False,
+    past: Past | None = None,
 ) -> Outcome:
     """Run the model on a batch, under whatever plan is open on it.
 
@@ -135,6 +147,8 @@ def observe(
         wants: any of `logits`, `generation`, `embedding`.
         new_tokens: most tokens of a continuation (default: `MARGIN` more than the item's own answer has).
         gradients: whether logits and embedding keep their graph.
+        cached: whether the run for logits leaves its keys and values (`Outcome.cache`).
+        past: of a model that continues text, columns that the run for logits finds in a cache; it runs on the others.
 
     Raises:
         InputError: something unknown is wanted, or the batch holds prompts alone and the answers have several tokens.
@@ -148,11 +162,11 @@ def observe(
     run = _Run(_Form.of(model), batch)
     for want in wants:
         run.form.require(want)
-    logits = generated = embedding = None
+    logits = generated = embedding = cache = None
     text = None
     with torch.set_grad_enabled(gradients):
         if "logits" in wants:
-            logits = run.logits()
+            logits, cache = run.logits(past, cached)
         if "embedding" in wants:
             embedding = run.embedding()
     if "generation" in wants:
@@ -161,7 +175,7 @@ def observe(
             model.tokenizer.decode([id for id in row if id >= 0], skip_special_tokens=True)
             for row in generated.tolist()
         )
-    return Outcome(batch, logits, generated, text, embedding)
+    return Outcome(batch, logits, generated, text, embedding, cache)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +282,7 @@ class _Run:
     form: _Form
     batch: Batch
 
-    def logits(self) -> Float[Tensor, "item token vocab"]:
+    def logits(self, past: Past | None, cached: bool) -> tuple[Float[Tensor, "item token vocab"], Any]:
         tokens = max(self.batch.answers.shape[1], 1)
         if self.form.kind == "decoder":
             if self.batch.input_ids.shape[1] != self.batch.prompt_length + tokens - 1:
@@ -277,9 +291,12 @@ class _Run:
                     "make it with items.batches(size), without answers=False"
                 )
             self.refuse_two_sided()
-            output = self._forward(
-                self._left_padded(self.batch.input_ids.shape[1]), self.form.taken(logits_to_keep=tokens)
-            )
+            inputs: dict[str, Any] = self._left_padded(self.batch.input_ids.shape[1])
+            if past is not None:
+                for name in inputs.keys() & {"input_ids", "position_ids"}:
+                    inputs[name] = inputs[name][:, past.column :]
+                inputs["past_key_values"] = past.cache
+            output = self._forward(inputs, self.form.taken(logits_to_keep=tokens), use_cache=cached or past is not None)
         else:
             answers = [self.form.start() + each.answer[:-1] for each in self.batch.items]
             ids, mask = self._right_padded(answers)
@@ -291,7 +308,7 @@ class _Run:
                 f"{self.form.attached.name} returns no logits; load it with its language-model head, "
                 "or use a metric of the embedding"
             )
-        return _wide(logits[:, -tokens:])
+        return _wide(logits[:, -tokens:]), getattr(output, "past_key_values", None) if cached else None
 
     def refuse_two_sided(self) -> None:
         """Raises Refusal if the answers have several tokens, and the model would see those it has yet to say."""
@@ -344,8 +361,8 @@ class _Run:
             generated[index, : len(row)] = torch.tensor(row)
         return generated
 
-    def _forward(self, inputs: dict[str, Tensor], more: dict[str, Any]) -> Any:
-        return self.form.attached(**inputs, **more, **self.form.taken(use_cache=False), return_dict=True)
+    def _forward(self, inputs: dict[str, Any], more: dict[str, Any], *, use_cache: bool = False) -> Any:
+        return self.form.attached(**inputs, **more, **self.form.taken(use_cache=use_cache), return_dict=True)
 
     def _left_padded(self, width: int) -> dict[str, Tensor]:
         self._room(width)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from headwise.sweep.knockout import MODES, KnockOut, Mode, measure_sets
+from headwise.sweep.knockout import MODES, KnockOut, Mode
 from headwise.sweep.matched import Controls, matched_sets
+from headwise.sweep.measuring import measure_sets
 
 __all__ = ["MODES", "Controls", "KnockOut", "Mode", "matched_sets", "measure_sets"]

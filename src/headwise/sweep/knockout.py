@@ -1,6 +1,4 @@
-"""Taking heads out: four modes, any scope, and the metric of every item under every one of many sets of heads.
-
-    values = measure_sets(model, items, [HeadSet.parse("L1H2"), HeadSet.parse("L1H2, L3H4")], KnockOut())
+"""Taking heads out: four modes, any scope, of one set of heads or of many in one batch.
 
 What the papers call "masking a head" is one of four things, which give different answers:
 
@@ -12,32 +10,28 @@ What the papers call "masking a head" is one of four things, which give differen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from headwise.errors import InputError, Refusal
+from headwise.errors import InputError
 from headwise.heads import HeadSet, SiteId
-from headwise.metrics import Metric, metric
 from headwise.model import edit, read
 from headwise.model.attached import AttachedModel
 from headwise.model.edit import Edit
 from headwise.model.finding.example import can_generate
 from headwise.model.operations import Here
 from headwise.model.reference import Reference
-from headwise.probes.batch import Batch, pad
-from headwise.probes.encoding import EncodedItem, ItemSet
-from headwise.probes.outcome import Outcome, observe, places, refuse_spans_in_the_decoder, refuse_two_sided
+from headwise.probes.batch import Batch
+from headwise.probes.encoding import ItemSet
+from headwise.probes.outcome import observe, places
 
 Mode = Literal["zero", "mean", "resample", "uniform"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-
-TOKENS = 8192
-"""Most tokens of one forward: items and sets are batched up to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,89 +118,7 @@ def _attended(model: AttachedModel, batch: Batch, site: SiteId, width: int) -> B
     return torch.arange(width)[None, :] < torch.tensor(lengths)[:, None]
 
 
-def measure_sets(
-    model: AttachedModel,
-    items: ItemSet,
-    sets: Sequence[HeadSet],
-    knock_out: KnockOut,
-    measured: str | Metric | None = None,
-) -> Float[Tensor, "set item"]:
-    """The metric of every item under the knock-out of every set, on the CPU; an empty set is no knock-out.
-
-    Items and sets share forwards, up to `TOKENS` tokens; how they are laid out depends on the items and `TOKENS` alone,
-    so the same call gives the same numbers. They agree with knock-outs one by one to rounding; `resample` draws by row,
-    and runs each set by itself.
-
-    Raises:
-        InputError: no items or sets; heads that the model does not have.
-        Refusal: the model cannot give what the metric needs, a site cannot be edited this way, or no item has a
-            position in the scope: nothing would be taken out, and every effect would be 0.
-    """
-    if not items.items or not sets:
-        raise InputError(f"measure_sets needs items and sets of heads; got {len(items)} items and {len(sets)} sets")
-    chosen = measured if isinstance(measured, Metric) else metric(items.metric if measured is None else measured)
-    checked = [model.heads(each) if each else HeadSet() for each in sets]
-    values = torch.full((len(sets), len(items)), torch.nan, dtype=torch.float64)
-    positions = 0
-    for places_of_items, batch_items in _chunks(items):
-        single = pad(batch_items, items.pad, items.suffix, answers=True)
-        if "logits" in chosen.needs:
-            refuse_two_sided(model, single)
-        clean = observe(model, single, wants=chosen.wants) if "clean" in chosen.needs else None
-        rows = len(batch_items)
-        width = single.input_ids.shape[1]
-        together = 1 if knock_out.mode == "resample" else max(1, TOKENS // (rows * width))
-        for start in range(0, len(sets), together):
-            part = checked[start : start + together]
-            batch = pad(batch_items * len(part), items.pad, items.suffix, answers=True)
-            edits = _edits(knock_out, part, rows)
-            refuse_spans_in_the_decoder(model, edits)
-            outcome, met = _observed(model, batch, edits, chosen)
-            positions += met
-            reference = None if clean is None else _repeated(clean, batch, len(part))
-            found = chosen(outcome, reference).detach().cpu().double()
-            values[start : start + len(part), places_of_items] = found.reshape(len(part), rows)
-    if any(checked) and not positions:
-        raise Refusal(_nothing_in_scope(items, knock_out.scope))
-    return values
-
-
-def _chunks(items: ItemSet) -> Iterator[tuple[list[int], tuple[EncodedItem, ...]]]:
-    """Items of like length together, as many as one forward takes; with their places in the set."""
-    order = sorted(range(len(items)), key=lambda i: (len(items.items[i].prompt), i))
-    chunk: list[int] = []
-    for place in order:
-        width = max(len(items.items[i].prompt) + len(items.items[i].answer) for i in [*chunk, place])
-        if chunk and (len(chunk) + 1) * width > TOKENS:
-            yield chunk, tuple(items.items[i] for i in chunk)
-            chunk = []
-        chunk.append(place)
-    yield chunk, tuple(items.items[i] for i in chunk)
-
-
-def _observed(model: AttachedModel, batch: Batch, edits: Sequence[Edit], chosen: Metric) -> tuple[Outcome, int]:
-    """What came of a run with these edits, and at how many positions they acted."""
-    if not edits:
-        return observe(model, batch, wants=chosen.wants), 0
-    at = places(model, batch)
-    with model.editing(*edits, spans=at.spans, prompt_length=at.prompt_length) as run:
-        outcome = observe(model, batch, wants=chosen.wants)
-    if len(chosen.wants) > 1:
-        return outcome, 1  # several runs, and what fired is known of the last alone
-    return outcome, sum(each.positions for each in run.fired)
-
-
-def _nothing_in_scope(items: ItemSet, scope: str) -> str:
-    why = ""
-    if scope == "decode" and all(len(each.answer) <= 1 for each in items):
-        why = "; an answer of one token is predicted from the prompt alone"
-    return (
-        f"scope {scope!r} has no position in any of the {len(items)} items of {items.probe}, so nothing would be taken "
-        f"out{why}; use scope='all' or 'last', or a probe that has such positions"
-    )
-
-
-def _edits(knock_out: KnockOut, sets: Sequence[HeadSet], rows: int) -> list[Edit]:
+def edits_of(knock_out: KnockOut, sets: Sequence[HeadSet], rows: int) -> list[Edit]:
     """Edits of a batch in which set `i` belongs to rows `i * rows` to `(i + 1) * rows - 1`."""
     if len(sets) == 1 or knock_out.mode in ("uniform", "resample"):
         return [
@@ -249,17 +161,3 @@ def _taken(sets: Sequence[HeadSet], union: HeadSet, site: SiteId, rows: int) -> 
         for index in heads.at(site):
             taken[row, columns[index]] = 1
     return taken.repeat_interleave(rows, dim=0)
-
-
-def _repeated(clean: Outcome, batch: Batch, times: int) -> Outcome:
-    def again(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.repeat(times, *[1] * (value.dim() - 1))
-
-    return replace(
-        clean,
-        batch=batch,
-        logits=again(clean.logits),
-        generated=again(clean.generated),
-        text=None if clean.text is None else clean.text * times,
-        embedding=again(clean.embedding),
-    )

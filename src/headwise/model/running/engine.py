@@ -114,6 +114,16 @@ class Engine:
             valuework.keep(placed, partial(self._writes_by_span, site, placed, stage), z, stage)
         return (z, *rest)
 
+    def answering(self, site: Site, entering: Tensor) -> Tensor:
+        """What enters the projection of `site` after the plan's edits of z, where no attention ran in front of it."""
+        shape = (int(entering.shape[0]), int(entering.shape[1]))
+        self._current().shapes[site.id] = shape
+        edits = self.plan.sites[site.id].edits.get("z", []) if site.id in self.plan.sites else []
+        if not edits:
+            return entering
+        z = heads_of(entering, site, *shape)
+        return join_heads(valuework.edited(z, edits, self._stage(site, *shape, entering.device)), entering, site)
+
     def _writes_by_span(self, site: Site, placed: Placed, stage: Stage, z: Tensor) -> Tensor:
         """What the heads write where each kind of tokens has a projection of its own, and 0 where it has none."""
         pick = valuework.pick_of(placed, stage)

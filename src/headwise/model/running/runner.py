@@ -355,6 +355,10 @@ class Runner:
                 return id(self.model.get_submodule(site.module))
         return id(self.model.get_submodule(self.table.block(label.label).module))
 
+    def answering(self, site: Site, entering: Tensor) -> Tensor:
+        """See `AttachedModel.answering`."""
+        return entering if self._run is None or self._engine is None else self._engine.answering(site, entering)
+
     def known_prompt(self, cache: Any) -> int | None:
         """Prompt length recorded for a cache, or None."""
         return None if cache is None else self.prompts.get(cache)

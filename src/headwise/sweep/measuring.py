@@ -1,0 +1,304 @@
+"""The metric of every item under the knock-out of every one of many sets of heads.
+
+    values = measure_sets(model, items, [HeadSet.parse("L1H2"), HeadSet.parse("L1H2, L3H4")], KnockOut())
+
+Items and sets share forwards. A batch holds sets whose first edited block is the same: what lies in front of it is that
+of the clean run, which is kept (see `headwise/model/running/resuming.py`). Edits in a scope (`last`, `decode`, a span)
+leave the columns in front of it as they are: they stand in a cache that all sets share. Where a model cannot be run from a
+block or a column in the middle, its runs are whole; that is said once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headwise.errors import InputError, Refusal
+from headwise.heads import HeadSet
+from headwise.metrics import Metric, metric
+from headwise.model.attached import AttachedModel
+from headwise.model.running.resuming import Course, Kept, Start, course_of, keeping, resumed, same_logits
+from headwise.model.running.shared_cache import can_be_shared, shared_cache
+from headwise.probes.batch import Batch, pad
+from headwise.probes.encoding import EncodedItem, ItemSet
+from headwise.probes.outcome import Outcome, Past, observe, places, refuse_spans_in_the_decoder, refuse_two_sided
+from headwise.sweep.knockout import KnockOut, edits_of
+
+TOKENS = 8192
+"""Most tokens of one forward: items and sets are batched up to it."""
+
+WHOLE = Course((), reason="whole runs were asked for")
+
+_SAID: WeakKeyDictionary[AttachedModel, set[str]] = WeakKeyDictionary()
+_log = logging.getLogger("headwise")
+
+
+def measure_sets(
+    model: AttachedModel,
+    items: ItemSet,
+    sets: Sequence[HeadSet],
+    knock_out: KnockOut,
+    measured: str | Metric | None = None,
+    *,
+    tokens: int | None = None,
+) -> Float[Tensor, "set item"]:
+    """The metric of every item under the knock-out of every set, on the CPU; an empty set is no knock-out.
+
+    How items and sets are laid out in forwards depends on them and on `tokens` alone, so the same call gives the same
+    numbers. They agree with knock-outs one by one to rounding; `resample` draws by row, and runs each set by itself.
+
+    Args:
+        tokens: most tokens of one forward (default: `TOKENS`, or those of the longest item). Where memory does not hold
+            them, batches are halved, and that is said.
+
+    Raises:
+        InputError: no items or sets; heads that the model does not have; `tokens` that do not hold the longest item.
+        Refusal: the model cannot give what the metric needs, a site cannot be edited this way, no item has a
+            position in the scope (nothing would be taken out, and every effect would be 0), or an item does not fit
+            into memory by itself.
+    """
+    if not items.items or not sets:
+        raise InputError(f"measure_sets needs items and sets of heads; got {len(items)} items and {len(sets)} sets")
+    chosen = measured if isinstance(measured, Metric) else metric(items.metric if measured is None else measured)
+    checked = [model.heads(each) if each else HeadSet() for each in sets]
+    budget = _budget(items, tokens)
+    course = _course(model, chosen, checked, knock_out.scope)
+    values = torch.full((len(sets), len(items)), torch.nan, dtype=torch.float64)
+    positions = 0
+    for of_items, batch_items in _chunks(items, budget):
+        chunk = _Chunk(model, items, batch_items, knock_out, chosen, course, budget)
+        found, met = chunk.measured(checked)
+        values[:, of_items] = found
+        positions += met
+    if any(checked) and not positions:
+        raise Refusal(_nothing_in_scope(items, knock_out.scope))
+    return values
+
+
+def _budget(items: ItemSet, tokens: int | None) -> int:
+    longest = max(len(each.prompt) + len(each.answer) for each in items)
+    if tokens is not None and tokens < longest:
+        raise InputError(
+            f"tokens={tokens} does not hold the longest item of {items.probe}, which has {longest} tokens; "
+            "give at least as many, or shorter settings of the probe"
+        )
+    return max(TOKENS, longest) if tokens is None else tokens
+
+
+def _course(model: AttachedModel, chosen: Metric, sets: Sequence[HeadSet], scope: str) -> Course:
+    """Where runs may begin; `WHOLE` where they have to be whole (a plan of the user's own is open, or a metric wants
+    several runs or a generation), or where the clean run to begin in would cost more than it saves."""
+    if model.planned or len(chosen.wants) > 1 or "generation" in chosen.wants or not any(sets):
+        return WHOLE
+    course = course_of(model)
+    if not course.blocks:
+        _say_once(model, f"knock-outs take whole forwards, because {course.reason}")
+        return course
+    edited = [heads for heads in sets if heads]
+    saved = sum(first_block(course, heads) for heads in edited) / len(course.blocks)
+    if scope not in ("all", "prompt"):
+        saved += len(edited) / 2
+    return course if "clean" in chosen.needs or len(edited) < len(sets) or saved > 1 else WHOLE
+
+
+def _say_once(model: AttachedModel, what: str) -> None:
+    said = _SAID.setdefault(model, set())
+    if what not in said:
+        said.add(what)
+        _log.warning("%s: %s", model.name or "the model", what)
+
+
+def first_block(course: Course, heads: HeadSet) -> int:
+    """The first block that a knock-out of `heads` changes."""
+    return min(course.place.get(site, 0) for site in heads.sites)
+
+
+def _chunks(items: ItemSet, budget: int) -> Iterator[tuple[list[int], tuple[EncodedItem, ...]]]:
+    """Items of like length together, as many as one forward takes; with their places in the set."""
+    order = sorted(range(len(items)), key=lambda i: (len(items.items[i].prompt), i))
+    chunk: list[int] = []
+    for place in order:
+        width = max(len(items.items[i].prompt) + len(items.items[i].answer) for i in [*chunk, place])
+        if chunk and (len(chunk) + 1) * width > budget:
+            yield chunk, tuple(items.items[i] for i in chunk)
+            chunk = []
+        chunk.append(place)
+    yield chunk, tuple(items.items[i] for i in chunk)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Items that share forwards."""
+
+    model: AttachedModel
+    of: ItemSet
+    items: tuple[EncodedItem, ...]
+    knock_out: KnockOut
+    metric: Metric
+    course: Course
+    budget: int
+
+    def measured(self, sets: Sequence[HeadSet]) -> tuple[Float[Tensor, "set item"], int]:
+        """The metric under every set, and at how many positions heads were taken out."""
+        try:
+            return self._measured(sets)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+        if len(self.items) == 1:
+            raise Refusal(
+                f"an item of {len(self.items[0].prompt)} tokens of {self.of.probe} does not fit into memory by itself; "
+                "use shorter settings of the probe, a smaller model or dtype, or another device"
+            )
+        half = len(self.items) // 2
+        _log.warning("out of memory: %d items of %s go on in two halves", len(self.items), self.of.probe)
+        parts = [replace(self, items=part).measured(sets) for part in (self.items[:half], self.items[half:])]
+        return torch.cat([values for values, _ in parts], dim=1), sum(met for _, met in parts)
+
+    def _measured(self, sets: Sequence[HeadSet]) -> tuple[Float[Tensor, "set item"], int]:
+        single = pad(self.items, self.of.pad, self.of.suffix, answers=True)
+        if "logits" in self.metric.needs:
+            refuse_two_sided(self.model, single)
+        values = torch.full((len(sets), len(self.items)), torch.nan, dtype=torch.float64)
+        clean, kept, past = self._clean(single, sets)
+        if clean is not None:
+            values[[place for place, heads in enumerate(sets) if not heads]] = self._values(clean, clean)
+        positions = 0
+        width = single.input_ids.shape[1]
+        # A layer's keys of columns in the cache are there once per set while it runs, at a part of a column's cost.
+        wide = width if past is None else max(width - past.column, -(-width // 4))
+        together = 1 if self.knock_out.mode == "resample" else max(1, self.budget // (len(self.items) * wide))
+        waiting = list(_parts(sets, self.course, together, empty=clean is None))
+        while waiting:
+            part = waiting.pop(0)
+            try:
+                found, met = self._under([sets[place] for place in part], clean, kept, past)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _out_of_memory(error) or len(part) == 1:
+                    raise
+                _log.warning("out of memory: %d sets of heads go on in two halves", len(part))
+                half = len(part) // 2
+                waiting[:0] = [part[:half], part[half:]]
+                continue
+            values[part] = found
+            positions += met
+        return values, positions
+
+    def _clean(self, single: Batch, sets: Sequence[HeadSet]) -> tuple[Outcome | None, Kept | None, Past | None]:
+        """The run without knock-outs, where it is needed or later runs begin in it, and what it left for these."""
+        if not self.course.blocks:
+            needed = "clean" in self.metric.needs
+            return (observe(self.model, single, wants=self.metric.wants) if needed else None), None, None
+        sites = tuple(dict.fromkeys(site for heads in sets for site in heads.sites))
+        column = self._first_column(single)
+        with keeping(self.model, self.course, sites) as kept:
+            clean = observe(self.model, single, wants=self.metric.wants, cached=column > 0)
+        past = Past(clean.cache, column) if column and can_be_shared(clean.cache) else None
+        if past is not None and not self._same_behind(past, clean):
+            past = None
+            _say_once(self.model, "knock-outs run all columns, because a run behind a cache gives other logits")
+        return clean, kept, past
+
+    def _first_column(self, batch: Batch) -> int:
+        """The first column at which something is edited, or a logit is wanted; 0 where that cannot be told."""
+        at = places(self.model, batch)
+        if self.metric.wants != {"logits"} or at.prompt_length is None:
+            return 0
+        wanted = at.prompt_length - 1
+        scope = self.knock_out.scope
+        if scope.startswith("span:"):
+            columns = [column for row in at.spans.get(scope.removeprefix("span:"), [[0]]) for column in row]
+            return min([wanted, *columns])
+        return wanted if scope in ("last", "decode") else 0
+
+    def _same_behind(self, past: Past, clean: Outcome) -> bool:
+        """Whether a run behind the cache gives what the whole one gave."""
+        begun = Past(shared_cache(past.cache, past.column), past.column)
+        again = observe(self.model, clean.batch, wants=self.metric.wants, past=begun)
+        assert again.logits is not None
+        assert clean.logits is not None
+        return same_logits(again.logits, clean.logits, self.model.dtype)
+
+    def _under(
+        self, sets: Sequence[HeadSet], clean: Outcome | None, kept: Kept | None, past: Past | None
+    ) -> tuple[Float[Tensor, "set item"], int]:
+        """The metric under sets whose first block is the same, in one run, and at how many positions it edited."""
+        rows = len(self.items)
+        batch = pad(self.items * len(sets), self.of.pad, self.of.suffix, answers=True)
+        edits = edits_of(self.knock_out, sets, rows)
+        refuse_spans_in_the_decoder(self.model, edits)
+        start = self._start(sets, batch, past)
+        beginning = nullcontext() if kept is None else resumed(self.model, self.course, kept, start)
+        begun = None if past is None else Past(shared_cache(past.cache, past.column), past.column)
+        met = 0
+        if not edits:
+            outcome = observe(self.model, batch, wants=self.metric.wants)
+        else:
+            at = places(self.model, batch)
+            with self.model.editing(*edits, spans=at.spans, prompt_length=at.prompt_length) as run, beginning:
+                outcome = observe(self.model, batch, wants=self.metric.wants, past=begun)
+            # Of several runs it is known of the last alone what fired.
+            met = 1 if len(self.metric.wants) > 1 else sum(each.positions for each in run.fired)
+        return self._values(outcome, clean, len(sets)), met
+
+    def _start(self, sets: Sequence[HeadSet], batch: Batch, past: Past | None) -> Start:
+        block = first_block(self.course, sets[0]) if sets[0] else 0
+        last = max(batch.answers.shape[1], 1) if self.metric.wants == {"logits"} else None
+        column = 0 if past is None else past.column
+        return Start(block, len(sets), at_z=self.knock_out.mode != "uniform", column=column, last=last)
+
+    def _values(self, outcome: Outcome, clean: Outcome | None, times: int = 1) -> Float[Tensor, "set item"]:
+        beside = clean
+        if clean is not None and outcome is not clean and "clean" in self.metric.needs:
+            beside = _repeated(clean, outcome.batch, times)
+        return self.metric(outcome, beside).detach().cpu().double().reshape(times, len(self.items))
+
+
+def _parts(sets: Sequence[HeadSet], course: Course, together: int, *, empty: bool) -> Iterator[list[int]]:
+    """Places of sets that run together: of one first block, in parts of like size."""
+    by_block: dict[int, list[int]] = {}
+    for place, heads in enumerate(sets):
+        if heads or empty:
+            block = first_block(course, heads) if course.blocks else 0
+            by_block.setdefault(block, []).append(place)
+    for block in sorted(by_block):
+        listed = by_block[block]
+        n_parts = -(-len(listed) // together)
+        size = -(-len(listed) // n_parts)
+        yield from (listed[start : start + size] for start in range(0, len(listed), size))
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether an error says so; on the CPU torch has no kind of error for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _nothing_in_scope(items: ItemSet, scope: str) -> str:
+    why = ""
+    if scope == "decode" and all(len(each.answer) <= 1 for each in items):
+        why = "; an answer of one token is predicted from the prompt alone"
+    return (
+        f"scope {scope!r} has no position in any of the {len(items)} items of {items.probe}, so nothing would be taken "
+        f"out{why}; use scope='all' or 'last', or a probe that has such positions"
+    )
+
+
+def _repeated(clean: Outcome, batch: Batch, times: int) -> Outcome:
+    def again(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.repeat(times, *[1] * (value.dim() - 1))
+
+    return replace(
+        clean,
+        batch=batch,
+        logits=again(clean.logits),
+        generated=again(clean.generated),
+        text=None if clean.text is None else clean.text * times,
+        embedding=again(clean.embedding),
+    )
