@@ -132,10 +132,11 @@ def test_more_words_come_when_an_exercise_is_mastered_and_then_the_probes(tmp_pa
 
 
 def test_an_exercise_that_makes_no_way_holds_nothing_up(tmp_path: Path, small) -> None:
-    from exercises import FORMS, LEVELS
+    from exercises import FIRST, FORMS, LEVELS
     from train import PATIENCE
 
     trainer = small(tmp_path)
+    mastered_once(trainer, FIRST[:1])
     trainer.tokens = PATIENCE
     trainer._go_on()
     assert trainer.mastered is None
@@ -144,6 +145,30 @@ def test_an_exercise_that_makes_no_way_holds_nothing_up(tmp_path: Path, small) -
     assert trainer.mastered == 2 * PATIENCE
     assert set(trainer.done) == set(FORMS)
     assert set(trainer.levels.values()) == {len(LEVELS) - 1}
+    assert trainer.attempts == 1
+
+
+def test_where_nothing_has_formed_all_is_begun_anew_with_another_seed(tmp_path: Path, small) -> None:
+    """As if that seed had been asked for; a run that is resumed knows of it."""
+    from train import ANEW, PATIENCE
+
+    trainer, other = small(tmp_path), small(tmp_path / "other", seed=ANEW)
+    trainer.train_step()
+    trainer.tokens = PATIENCE - 1
+    trainer._go_on()
+    assert trainer.attempts == 1
+    trainer.tokens = PATIENCE
+    trainer._go_on()
+    assert (trainer.attempts, trainer.seed, trainer.tokens, trainer.steps) == (2, ANEW, 0, 0)
+    for each in (trainer, other):
+        each.train_step()
+    trainer.save()
+    again = small(tmp_path)
+    assert again.resume()
+    for name, weight in other.model.state_dict().items():
+        torch.testing.assert_close(trainer.model.state_dict()[name], weight, rtol=0, atol=0)
+        torch.testing.assert_close(again.model.state_dict()[name], weight, rtol=0, atol=0)
+    assert again.seed == ANEW
 
 
 def test_further_questions_have_the_answers_of_the_text() -> None:
