@@ -118,8 +118,11 @@ def _attended(model: AttachedModel, batch: Batch, site: SiteId, width: int) -> B
     return torch.arange(width)[None, :] < torch.tensor(lengths)[:, None]
 
 
-def edits_of(knock_out: KnockOut, sets: Sequence[HeadSet], rows: int) -> list[Edit]:
-    """Edits of a batch in which set `i` belongs to rows `i * rows` to `(i + 1) * rows - 1`."""
+def edits_of(knock_out: KnockOut, sets: Sequence[HeadSet], rows: int, device: torch.device) -> list[Edit]:
+    """Edits of a batch in which set `i` belongs to rows `i * rows` to `(i + 1) * rows - 1`.
+
+    What they need is put on `device` beforehand: on the way there a run would wait for it in every layer.
+    """
     if len(sets) == 1 or knock_out.mode in ("uniform", "resample"):
         return [
             knock_out.edit(heads, None if len(sets) == 1 else range(i * rows, (i + 1) * rows))
@@ -130,7 +133,8 @@ def edits_of(knock_out: KnockOut, sets: Sequence[HeadSet], rows: int) -> list[Ed
     if not union:
         return []
     # One edit for all sets: how much of each head is taken out in each row.
-    strength = _Strength({site: _taken(sets, union, site, rows) for site in union.sites}, knock_out.strength)
+    taken = {site: _taken(sets, union, site, rows).to(device) for site in union.sites}
+    strength = _Strength(taken, knock_out.strength)
     if knock_out.mode == "zero":
         return [edit.scale(union, lambda current, here: 1 - strength(current, here), scope=knock_out.scope)]
     assert knock_out.reference is not None
@@ -150,7 +154,7 @@ class _Strength:
     full: float
 
     def __call__(self, current: Tensor, here: Here) -> Tensor:
-        rows = self.of_site[here.site][here.items.cpu()]
+        rows = self.of_site[here.site].to(here.items.device)[here.items]
         return (self.full * rows)[:, None, :, None].to(current)
 
 

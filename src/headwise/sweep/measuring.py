@@ -4,8 +4,8 @@
 
 Items and sets share forwards. A batch holds sets whose first edited block is the same: what lies in front of it is that
 of the clean run, which is kept (see `headwise/model/running/resuming.py`). Edits in a scope (`last`, `decode`, a span)
-leave the columns in front of it as they are: they stand in a cache that all sets share. Where a model cannot be run from a
-block or a column in the middle, its runs are whole; that is said once.
+leave the columns in front of it as they are: they stand in a cache that all sets share. Where a model cannot be run
+from a block or a column in the middle, its runs are whole; that is said once.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ class _Chunk:
         """The metric under sets whose first block is the same, in one run, and at how many positions it edited."""
         rows = len(self.items)
         batch = pad(self.items * len(sets), self.of.pad, self.of.suffix, answers=True)
-        edits = edits_of(self.knock_out, sets, rows)
+        edits = edits_of(self.knock_out, sets, rows, self.model.device)
         refuse_spans_in_the_decoder(self.model, edits)
         start = self._start(sets, batch, past)
         beginning = nullcontext() if kept is None else resumed(self.model, self.course, kept, start)
