@@ -15,7 +15,7 @@ import headwise as hw
 from headwise.errors import InputError, Refusal
 from headwise.heads import HeadSet
 from headwise.probes import ItemSet, encode, probe
-from headwise.sweep import MODES, KnockOut, measure_sets, measuring
+from headwise.sweep import MODES, KnockOut, measure_sets
 from headwise.sweep.knockout import reference_of
 from headwise.zoo.planted import planted
 
@@ -90,13 +90,14 @@ def test_a_share_of_a_knock_out_is_a_straight_line_of_z(mode: str) -> None:
     torch.testing.assert_close(nothing, nothing[2:3].expand_as(nothing), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("tokens", [1, 60, 100_000])
-def test_the_layout_of_forwards_changes_nothing(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+@pytest.mark.parametrize("tokens", [None, 60, 100_000])
+def test_the_layout_of_forwards_changes_nothing(tokens: int | None) -> None:
     """One item at a time, some, and all at once."""
     model, items, how = small("llama"), texts("llama"), KnockOut()
-    expected = measure_sets(model, items, SETS, how)
-    monkeypatch.setattr(measuring, "TOKENS", tokens)
-    torch.testing.assert_close(measure_sets(model, items, SETS, how), expected, rtol=0, atol=1e-9)
+    longest = max(len(each.prompt) + len(each.answer) for each in items)
+    expected = measure_sets(model, items, SETS, how, tokens=longest)
+    found = measure_sets(model, items, SETS, how, tokens=None if tokens is None else max(tokens, longest))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("metric", ["kl-to-clean", "cosine-to-clean", "exact-match-generated"])
@@ -173,16 +174,14 @@ def test_a_scope_without_a_position_is_refused_and_not_an_effect_of_0() -> None:
     assert torch.isfinite(measure_sets(model, short, SETS, KnockOut("zero", "prompt"))).all()
 
 
-@pytest.mark.parametrize("tokens", [1, 100_000])
-def test_some_items_without_a_position_in_the_scope_cost_nothing_there(
-    monkeypatch: pytest.MonkeyPatch, tokens: int
-) -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_some_items_without_a_position_in_the_scope_cost_nothing_there(together: bool) -> None:
     """By the call, not by the forward."""
     model, items = small("llama"), texts("llama")
-    monkeypatch.setattr(measuring, "TOKENS", tokens)
+    tokens = 100_000 if together else max(len(each.prompt) + len(each.answer) for each in items)
     first, *others = items.items
     mixed = replace(items, items=(*(replace(each, answer=each.answer[:1]) for each in others), first))
-    clean, out = measure_sets(model, mixed, [HeadSet(), SETS[3]], KnockOut("zero", "decode"))
+    clean, out = measure_sets(model, mixed, [HeadSet(), SETS[3]], KnockOut("zero", "decode"), tokens=tokens)
     torch.testing.assert_close(out[:-1], clean[:-1], rtol=0, atol=1e-9)
     assert abs(out[-1] - clean[-1]) > 1e-6
 

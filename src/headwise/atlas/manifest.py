@@ -14,7 +14,7 @@ from headwise.model.identity import weights_hash
 from headwise.model.positions import check_scope
 from headwise.scores import Provenance
 from headwise.sweep import MODES, Mode
-from headwise.sweep.measuring import TOKENS
+from headwise.sweep.measuring import tokens_of
 
 FORMAT_VERSION = 1
 """Of the folder: which files it has and how they are read."""
@@ -173,7 +173,7 @@ class Manifest:
     methods: tuple[MethodCard, ...]
     left_out: Mapping[str, str]
     cells: tuple[str, ...]
-    batch_tokens: int = TOKENS
+    batch_tokens: int
     versions: Mapping[str, str] = field(default_factory=Provenance.versions_now)
     format_version: int = FORMAT_VERSION
     cell_schema: int = CELL_SCHEMA
@@ -246,8 +246,9 @@ def differences(stored: Manifest, settings: Settings, model: ModelCard) -> list[
         old, new = getattr(stored.settings, each.name), getattr(settings, each.name)
         if old != new:
             found.append(f"{each.name} is {old} there and {new} here")
-    if stored.batch_tokens != TOKENS:
-        found.append(f"forwards have up to {stored.batch_tokens} tokens there and {TOKENS} here")
+    tokens = tokens_of(model.device)
+    if stored.batch_tokens != tokens:
+        found.append(f"forwards have up to {stored.batch_tokens} tokens there and {tokens} here")
     now = Provenance.versions_now()
     for package in DECIDING:
         then, here = stored.versions.get(package, "missing"), now.get(package, "missing")

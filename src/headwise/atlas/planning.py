@@ -23,6 +23,7 @@ from headwise.probes import probe as probe_named
 from headwise.probes.encoding import ItemSet, encode
 from headwise.probes.stream import Probe
 from headwise.sweep.knockout import continues
+from headwise.sweep.measuring import tokens_of
 from headwise.verify.crossing import CONTROLS
 from headwise.verify.functional_dissociation import ALPHAS, DRAWS
 
@@ -185,6 +186,7 @@ def plan(
         methods=_cards(chosen_methods, earlier),
         left_out=left_out,
         cells=(),
+        batch_tokens=tokens_of(model.device),
     )
     if earlier is not None:
         manifest = replace(manifest, versions=earlier.versions)

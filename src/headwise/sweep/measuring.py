@@ -31,8 +31,10 @@ from headwise.probes.encoding import EncodedItem, ItemSet
 from headwise.probes.outcome import Outcome, Past, observe, places, refuse_spans_in_the_decoder, refuse_two_sided
 from headwise.sweep.knockout import KnockOut, edits_of
 
-TOKENS = 8192
-"""Most tokens of one forward: items and sets are batched up to it."""
+TOKENS = {"cpu": 1024}
+"""Most tokens of one forward: items and sets are batched up to it. What a layer works on should stay in the caches of a
+processor; on other devices it should keep them busy."""
+TOKENS_ELSEWHERE = 8192
 
 WHOLE = Course((), reason="whole runs were asked for")
 
@@ -51,12 +53,13 @@ def measure_sets(
 ) -> Float[Tensor, "set item"]:
     """The metric of every item under the knock-out of every set, on the CPU; an empty set is no knock-out.
 
-    How items and sets are laid out in forwards depends on them and on `tokens` alone, so the same call gives the same
-    numbers. They agree with knock-outs one by one to rounding; `resample` draws by row, and runs each set by itself.
+    How items and sets are laid out in forwards depends on them, on `tokens` and on the kind of device alone, so the
+    same call gives the same numbers. They agree with knock-outs one by one to rounding; `resample` draws by row, and
+    runs each set by itself.
 
     Args:
-        tokens: most tokens of one forward (default: `TOKENS`, or those of the longest item). Where memory does not hold
-            them, batches are halved, and that is said.
+        tokens: most tokens of one forward (default: `tokens_of` the device, or those of the longest item). Where memory
+            does not hold them, batches are halved, and that is said.
 
     Raises:
         InputError: no items or sets; heads that the model does not have; `tokens` that do not hold the longest item.
@@ -68,7 +71,7 @@ def measure_sets(
         raise InputError(f"measure_sets needs items and sets of heads; got {len(items)} items and {len(sets)} sets")
     chosen = measured if isinstance(measured, Metric) else metric(items.metric if measured is None else measured)
     checked = [model.heads(each) if each else HeadSet() for each in sets]
-    budget = _budget(items, tokens)
+    budget = _budget(items, tokens, model.device)
     course = _course(model, chosen, checked, knock_out.scope)
     values = torch.full((len(sets), len(items)), torch.nan, dtype=torch.float64)
     positions = 0
@@ -82,14 +85,19 @@ def measure_sets(
     return values
 
 
-def _budget(items: ItemSet, tokens: int | None) -> int:
+def tokens_of(device: torch.device | str) -> int:
+    """Most tokens of one forward on a device."""
+    return TOKENS.get(torch.device(device).type, TOKENS_ELSEWHERE)
+
+
+def _budget(items: ItemSet, tokens: int | None, device: torch.device) -> int:
     longest = max(len(each.prompt) + len(each.answer) for each in items)
     if tokens is not None and tokens < longest:
         raise InputError(
             f"tokens={tokens} does not hold the longest item of {items.probe}, which has {longest} tokens; "
             "give at least as many, or shorter settings of the probe"
         )
-    return max(TOKENS, longest) if tokens is None else tokens
+    return max(tokens_of(device), longest) if tokens is None else tokens
 
 
 def _course(model: AttachedModel, chosen: Metric, sets: Sequence[HeadSet], scope: str) -> Course:

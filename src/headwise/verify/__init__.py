@@ -7,6 +7,7 @@ from headwise.verify.chance import chance_of
 from headwise.verify.evidence import Evidence, Family, Joint
 from headwise.verify.gathering import Ground, gather, ground, joint_of, map_of
 from headwise.verify.judging import judge
+from headwise.verify.racing import Race, RacedHead, race
 from headwise.verify.result import Dose, KeptOnly, OffTarget, Verdict
 from headwise.verify.stability import Stability, stability
 from headwise.verify.verdict import Against, FamilyVerdict, JointVerdict, SingleVerdict
@@ -25,6 +26,8 @@ __all__ = [
     "JointVerdict",
     "KeptOnly",
     "OffTarget",
+    "Race",
+    "RacedHead",
     "SingleVerdict",
     "Stability",
     "Verdict",
@@ -34,6 +37,7 @@ __all__ = [
     "joint_of",
     "judge",
     "map_of",
+    "race",
     "stability",
     "verify",
 ]

@@ -279,6 +279,7 @@ class _Base:
             # Here the width is that of all heads together.
             head_dim = max(HEAD_DIM, -(-room // self.heads))
             room = self.heads * head_dim
+        room += -room % self.heads  # transformers takes no Llama whose width is not a multiple of its heads
         return Geometry(self.architecture, self.layers, self.heads, head_dim, room, self.lexicon.size)
 
 
