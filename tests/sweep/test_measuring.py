@@ -15,7 +15,8 @@ import headwise as hw
 from headwise.errors import InputError, Refusal
 from headwise.heads import HeadSet
 from headwise.probes import ItemSet, encode, probe
-from headwise.sweep import KnockOut, measure_sets, measuring
+from headwise.probes.outcome import observe, places
+from headwise.sweep import KnockOut, Patch, measure_sets, measuring
 from headwise.zoo.planted import planted
 
 
@@ -184,3 +185,47 @@ def test_under_a_plan_of_the_users_own_runs_are_whole() -> None:
         found = measure_sets(model, items(), sets, KnockOut())
     both = [HeadSet(tuple(dict.fromkeys((*each, *HeadSet.parse("L0H0"))))) for each in sets]
     torch.testing.assert_close(found, measure_sets(model, items(), both, KnockOut()), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scope", ["all", "last", "span:match"])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama-gqa"])
+def test_patches_from_twins_are_those_of_single_runs(architecture: str, scope: str) -> None:
+    """Against a reading of the twins and an edit that puts it in place, one head after the other."""
+    model = small(architecture)
+    given = encode(probe("repeat").over(words=(4, 6, 10)), model.tokenizer, n=6)
+    there = replace(given, items=tuple(replace(each, prompt=each.twin.prompt) for each in given.items))  # type: ignore[union-attr]
+    (own,), (twins,) = given.batches(6), there.batches(6)
+    with torch.no_grad(), model.reading(hw.read.z()) as donor:
+        observe(model, twins, wants={"logits"})
+    chosen = hw.metric(given.metric)
+    at = places(model, own)
+    expected = []
+    for heads in every_head(model):
+        source = {site.label: donor.z[site.label][:, :, list(heads.at(site))] for site in heads.sites}
+        value = next(iter(source.values()))
+        edits = [hw.edit.set(heads, lambda current, here, value=value: value, scope=scope)]
+        with torch.no_grad(), model.editing(*edits, spans=at.spans, prompt_length=at.prompt_length):
+            expected.append(chosen(observe(model, own, wants=chosen.wants), None))
+    found = measure_sets(model, given, [HeadSet(), *every_head(model)], Patch(scope))
+    torch.testing.assert_close(found[1:], torch.stack(expected).double(), rtol=0, atol=1e-10)
+    if scope != "span:match":  # where nothing that the twin changes is carried on
+        assert (found[1:] - found[0]).abs().max() > 1e-3
+    half = measure_sets(model, given, every_head(model), Patch(scope, strength=0.0))
+    torch.testing.assert_close(half, found[:1].expand_as(half), rtol=0, atol=1e-10)
+
+
+def test_all_heads_of_the_last_layer_patched_are_one_patch() -> None:
+    """Of a set, all heads come from the twin together."""
+    model = small()
+    given = encode(probe("repeat"), model.tokenizer, n=4)
+    last = HeadSet(model.heads("L3").heads)
+    alone = measure_sets(model, given, [last], Patch())
+    beside = measure_sets(model, given, [HeadSet(), *every_head(model)[:5], last], Patch())
+    torch.testing.assert_close(beside[-1], alone[0], rtol=0, atol=1e-10)
+
+
+def test_a_patch_needs_twins() -> None:
+    model = small()
+    given = encode(probe("text"), model.tokenizer, n=2)
+    with pytest.raises(InputError, match="of text has no corrupted twin"):
+        measure_sets(model, given, every_head(model), Patch())

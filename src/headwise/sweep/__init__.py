@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from headwise.sweep.knockout import MODES, KnockOut, Mode
+from headwise.sweep.knockout import MODES, KnockOut, Mode, Patch
 from headwise.sweep.matched import Controls, matched_sets
 from headwise.sweep.measuring import measure_sets
 
-__all__ = ["MODES", "Controls", "KnockOut", "Mode", "matched_sets", "measure_sets"]
+__all__ = ["MODES", "Controls", "KnockOut", "Mode", "Patch", "matched_sets", "measure_sets"]

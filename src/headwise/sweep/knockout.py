@@ -10,7 +10,7 @@ What the papers call "masking a head" is one of four things, which give differen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -77,6 +77,28 @@ class KnockOut:
         return edit.resample(heads, self.reference, self.seed, **options)
 
 
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """Heads as they are on each item's corrupted twin, column by column, in place of a knock-out (activation patching).
+
+    Against the clean run, this asks what the head carries of that in which the two texts differ.
+
+    Attributes:
+        scope, strength: as of `KnockOut`.
+    """
+
+    scope: str = "all"
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class TwinZ:
+    """z of some heads of a site in a run on the twins."""
+
+    heads: tuple[int, ...]
+    z: Float[Tensor, "item column head dim"]
+
+
 def reference_of(model: AttachedModel, items: ItemSet) -> Reference:
     """z at every attended position of the items' prompts and answers, for `mean` and `resample`; of all stacks that
     read text. A model that does not continue text reads the prompts alone.
@@ -118,11 +140,22 @@ def _attended(model: AttachedModel, batch: Batch, site: SiteId, width: int) -> B
     return torch.arange(width)[None, :] < torch.tensor(lengths)[:, None]
 
 
-def edits_of(knock_out: KnockOut, sets: Sequence[HeadSet], rows: int, device: torch.device) -> list[Edit]:
+def edits_of(
+    how: KnockOut | Patch,
+    sets: Sequence[HeadSet],
+    rows: int,
+    device: torch.device,
+    twins: Mapping[SiteId, TwinZ] | None = None,
+) -> list[Edit]:
     """Edits of a batch in which set `i` belongs to rows `i * rows` to `(i + 1) * rows - 1`.
 
-    What they need is put on `device` beforehand: on the way there a run would wait for it in every layer.
+    What they need is put on `device` beforehand: on the way there a run would wait for it in every layer. `twins` is
+    what a `Patch` puts in place.
     """
+    if isinstance(how, Patch):
+        assert twins is not None
+        return _patches(how, sets, rows, device, twins)
+    knock_out = how
     if len(sets) == 1 or knock_out.mode in ("uniform", "resample"):
         return [
             knock_out.edit(heads, None if len(sets) == 1 else range(i * rows, (i + 1) * rows))
@@ -132,9 +165,7 @@ def edits_of(knock_out: KnockOut, sets: Sequence[HeadSet], rows: int, device: to
     union = HeadSet(tuple(member for heads in sets for member in heads))
     if not union:
         return []
-    # One edit for all sets: how much of each head is taken out in each row.
-    taken = {site: _taken(sets, union, site, rows).to(device) for site in union.sites}
-    strength = _Strength(taken, knock_out.strength)
+    strength = _strength(sets, union, rows, device, knock_out.strength)
     if knock_out.mode == "zero":
         return [edit.scale(union, lambda current, here: 1 - strength(current, here), scope=knock_out.scope)]
     assert knock_out.reference is not None
@@ -144,6 +175,27 @@ def edits_of(knock_out: KnockOut, sets: Sequence[HeadSet], rows: int, device: to
         return means.mean(here.site)[list(here.heads)].to(current)
 
     return [edit.mix(union, mean, strength, scope=knock_out.scope)]
+
+
+def _patches(
+    patch: Patch, sets: Sequence[HeadSet], rows: int, device: torch.device, twins: Mapping[SiteId, TwinZ]
+) -> list[Edit]:
+    union = HeadSet(tuple(member for heads in sets for member in heads))
+    if not union:
+        return []
+
+    def of_twin(current: Tensor, here: Here) -> Tensor:
+        twin = twins[here.site]
+        start = 0 if here.window is None else here.window.start
+        z = twin.z[here.items % rows, start : start + current.shape[1]]
+        return z[:, :, [twin.heads.index(head) for head in here.heads]].to(current)
+
+    return [edit.mix(union, of_twin, _strength(sets, union, rows, device, patch.strength), scope=patch.scope)]
+
+
+def _strength(sets: Sequence[HeadSet], union: HeadSet, rows: int, device: torch.device, full: float) -> _Strength:
+    """One edit serves all sets: how much of each head is taken out in each row."""
+    return _Strength({site: _taken(sets, union, site, rows).to(device) for site in union.sites}, full)
 
 
 @dataclass(frozen=True, slots=True)

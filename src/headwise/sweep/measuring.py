@@ -21,15 +21,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headwise.errors import InputError, Refusal
-from headwise.heads import HeadSet
+from headwise.heads import HeadSet, SiteId
 from headwise.metrics import Metric, metric
+from headwise.model import read
 from headwise.model.attached import AttachedModel
 from headwise.model.running.resuming import Course, Kept, Start, course_of, keeping, resumed, same_logits
 from headwise.model.running.shared_cache import can_be_shared, shared_cache
 from headwise.probes.batch import Batch, pad
 from headwise.probes.encoding import EncodedItem, ItemSet
 from headwise.probes.outcome import Outcome, Past, observe, places, refuse_spans_in_the_decoder, refuse_two_sided
-from headwise.sweep.knockout import KnockOut, edits_of
+from headwise.sweep.knockout import KnockOut, Patch, TwinZ, edits_of
 
 TOKENS = {"cpu": 1024}
 """Most tokens of one forward: items and sets are batched up to it. What a layer works on should stay in the caches of a
@@ -46,12 +47,12 @@ def measure_sets(
     model: AttachedModel,
     items: ItemSet,
     sets: Sequence[HeadSet],
-    knock_out: KnockOut,
+    knock_out: KnockOut | Patch,
     measured: str | Metric | None = None,
     *,
     tokens: int | None = None,
 ) -> Float[Tensor, "set item"]:
-    """The metric of every item under the knock-out of every set, on the CPU; an empty set is no knock-out.
+    """The metric of every item under the knock-out (or patch) of every set, on the CPU; an empty set is none.
 
     How items and sets are laid out in forwards depends on them, on `tokens` and on the kind of device alone, so the
     same call gives the same numbers. They agree with knock-outs one by one to rounding; `resample` draws by row, and
@@ -62,7 +63,8 @@ def measure_sets(
             does not hold them, batches are halved, and that is said.
 
     Raises:
-        InputError: no items or sets; heads that the model does not have; `tokens` that do not hold the longest item.
+        InputError: no items or sets; heads that the model does not have; `tokens` that do not hold the longest item; a
+            patch on items without twins.
         Refusal: the model cannot give what the metric needs, a site cannot be edited this way, no item has a
             position in the scope (nothing would be taken out, and every effect would be 0), or an item does not fit
             into memory by itself.
@@ -71,6 +73,8 @@ def measure_sets(
         raise InputError(f"measure_sets needs items and sets of heads; got {len(items)} items and {len(sets)} sets")
     chosen = measured if isinstance(measured, Metric) else metric(items.metric if measured is None else measured)
     checked = [model.heads(each) if each else HeadSet() for each in sets]
+    if isinstance(knock_out, Patch):
+        _require_twins(items)
     budget = _budget(items, tokens, model.device)
     course = _course(model, chosen, checked, knock_out.scope)
     values = torch.full((len(sets), len(items)), torch.nan, dtype=torch.float64)
@@ -83,6 +87,15 @@ def measure_sets(
     if any(checked) and not positions:
         raise Refusal(_nothing_in_scope(items, knock_out.scope))
     return values
+
+
+def _require_twins(items: ItemSet) -> None:
+    alone = next((each.id for each in items if each.twin is None), None)
+    if alone is not None:
+        raise InputError(
+            f"item {alone} of {items.probe} has no corrupted twin, which a patch takes z from; use a probe that has "
+            "twins, or KnockOut"
+        )
 
 
 def tokens_of(device: torch.device | str) -> int:
@@ -142,13 +155,23 @@ def _chunks(items: ItemSet, budget: int) -> Iterator[tuple[list[int], tuple[Enco
 
 
 @dataclass(frozen=True)
+class _Before:
+    """What was run before the sets: the items as they are, what that left, and their twins."""
+
+    clean: Outcome | None
+    kept: Kept | None
+    past: Past | None
+    twins: dict[SiteId, TwinZ] | None
+
+
+@dataclass(frozen=True)
 class _Chunk:
     """Items that share forwards."""
 
     model: AttachedModel
     of: ItemSet
     items: tuple[EncodedItem, ...]
-    knock_out: KnockOut
+    knock_out: KnockOut | Patch
     metric: Metric
     course: Course
     budget: int
@@ -176,18 +199,20 @@ class _Chunk:
             refuse_two_sided(self.model, single)
         values = torch.full((len(sets), len(self.items)), torch.nan, dtype=torch.float64)
         clean, kept, past = self._clean(single, sets)
+        twins = self._of_twins(sets) if isinstance(self.knock_out, Patch) else None
         if clean is not None:
             values[[place for place, heads in enumerate(sets) if not heads]] = self._values(clean, clean)
         positions = 0
         width = single.input_ids.shape[1]
         # A layer's keys of columns in the cache are there once per set while it runs, at a part of a column's cost.
         wide = width if past is None else max(width - past.column, -(-width // 4))
-        together = 1 if self.knock_out.mode == "resample" else max(1, self.budget // (len(self.items) * wide))
+        drawn = isinstance(self.knock_out, KnockOut) and self.knock_out.mode == "resample"
+        together = 1 if drawn else max(1, self.budget // (len(self.items) * wide))
         waiting = list(_parts(sets, self.course, together, empty=clean is None))
         while waiting:
             part = waiting.pop(0)
             try:
-                found, met = self._under([sets[place] for place in part], clean, kept, past)
+                found, met = self._under([sets[place] for place in part], _Before(clean, kept, past, twins))
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _out_of_memory(error) or len(part) == 1:
                     raise
@@ -214,6 +239,17 @@ class _Chunk:
             _say_once(self.model, "knock-outs run all columns, because a run behind a cache gives other logits")
         return clean, kept, past
 
+    def _of_twins(self, sets: Sequence[HeadSet]) -> dict[SiteId, TwinZ]:
+        """z of all heads in question where the twins stand in place of the prompts; their answers are the items'."""
+        union = HeadSet(tuple(dict.fromkeys(member for heads in sets for member in heads)))
+        if not union:
+            return {}
+        there = tuple(replace(each, prompt=each.twin.prompt) for each in self.items if each.twin is not None)
+        batch = pad(there, self.of.pad, self.of.suffix, answers=True)
+        with self.model.reading(read.z(heads=union)) as got:
+            observe(self.model, batch, wants=self.metric.wants)
+        return {site: TwinZ(union.at(site), got.z[site.label].detach()) for site in union.sites}
+
     def _first_column(self, batch: Batch) -> int:
         """The first column at which something is edited, or a logit is wanted; 0 where that cannot be told."""
         at = places(self.model, batch)
@@ -234,14 +270,13 @@ class _Chunk:
         assert clean.logits is not None
         return same_logits(again.logits, clean.logits, self.model.dtype)
 
-    def _under(
-        self, sets: Sequence[HeadSet], clean: Outcome | None, kept: Kept | None, past: Past | None
-    ) -> tuple[Float[Tensor, "set item"], int]:
+    def _under(self, sets: Sequence[HeadSet], before: _Before) -> tuple[Float[Tensor, "set item"], int]:
         """The metric under sets whose first block is the same, in one run, and at how many positions it edited."""
         rows = len(self.items)
         batch = pad(self.items * len(sets), self.of.pad, self.of.suffix, answers=True)
-        edits = edits_of(self.knock_out, sets, rows, self.model.device)
+        edits = edits_of(self.knock_out, sets, rows, self.model.device, before.twins)
         refuse_spans_in_the_decoder(self.model, edits)
+        kept, past = before.kept, before.past
         start = self._start(sets, batch, past)
         beginning = nullcontext() if kept is None else resumed(self.model, self.course, kept, start)
         begun = None if past is None else Past(shared_cache(past.cache, past.column), past.column)
@@ -254,13 +289,14 @@ class _Chunk:
                 outcome = observe(self.model, batch, wants=self.metric.wants, past=begun)
             # Of several runs it is known of the last alone what fired.
             met = 1 if len(self.metric.wants) > 1 else sum(each.positions for each in run.fired)
-        return self._values(outcome, clean, len(sets)), met
+        return self._values(outcome, before.clean, len(sets)), met
 
     def _start(self, sets: Sequence[HeadSet], batch: Batch, past: Past | None) -> Start:
         block = first_block(self.course, sets[0]) if sets[0] else 0
         last = max(batch.answers.shape[1], 1) if self.metric.wants == {"logits"} else None
         column = 0 if past is None else past.column
-        return Start(block, len(sets), at_z=self.knock_out.mode != "uniform", column=column, last=last)
+        at_z = isinstance(self.knock_out, Patch) or self.knock_out.mode != "uniform"
+        return Start(block, len(sets), at_z=at_z, column=column, last=last)
 
     def _values(self, outcome: Outcome, clean: Outcome | None, times: int = 1) -> Float[Tensor, "set item"]:
         beside = clean
