@@ -123,7 +123,9 @@ def _course(model: AttachedModel, chosen: Metric, sets: Sequence[HeadSet], scope
         _say_once(model, f"knock-outs take whole forwards, because {course.reason}")
         return course
     edited = [heads for heads in sets if heads]
-    saved = sum(first_block(course, heads) for heads in edited) / len(course.blocks)
+    # In the block where a run begins its attention is saved, and in the last one most columns: together about a block.
+    besides = 1 if course.tail is not None and chosen.wants == {"logits"} else 0
+    saved = sum(first_block(course, heads) + besides for heads in edited) / len(course.blocks)
     if scope not in ("all", "prompt"):
         saved += len(edited) / 2
     return course if "clean" in chosen.needs or len(edited) < len(sets) or saved > 1 else WHOLE
