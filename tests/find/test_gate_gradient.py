@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from headwise.find.gate_gradient import METHODS, gate_gradient
 from headwise.heads import HeadSet, SiteId
 from headwise.metrics import cross_entropy
 from headwise.model.attached import AttachedModel
+from headwise.model.direct import plain_matrix
 from headwise.probes.encoding import EncodedItem, ItemSet
 from headwise.probes.item import Item
 from headwise.probes.outcome import observe
@@ -120,6 +123,36 @@ def test_batches_do_not_matter(model: AttachedModel) -> None:
 def test_leaves_the_weights_alone(model: AttachedModel) -> None:
     gate_gradient(model, item_set())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.model.parameters())
+
+
+def test_hooks_on_the_unembedding_stay_in_the_graph(model: AttachedModel) -> None:
+    """A plain unembedding is taken out of the graph; what others do before and behind it is not."""
+    items = item_set()
+    unembedding = model.model.get_output_embeddings()  # type: ignore[operator]
+    with ExitStack() as hooks:
+        shrink = unembedding.register_forward_pre_hook(lambda module, args: (0.5 * args[0],))
+        grow = unembedding.register_forward_hook(lambda module, args, output: 3.0 * output)
+        for each in (shrink, grow):
+            hooks.callback(each.remove)
+        expected = torch.cat(by_hand(model, items, each_token=False), dim=1).T.abs()
+        found = joined(gate_gradient(model, items)).float()
+    assert not torch.allclose(found, joined(gate_gradient(model, items)).float(), rtol=0.05)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+    assert not unembedding._forward_hooks
+    assert not unembedding._forward_pre_hooks
+
+
+def test_an_unembedding_that_is_no_plain_matrix_stays_in_the_graph(model: AttachedModel) -> None:
+    items = item_set()
+    plain = joined(gate_gradient(model, items))
+    unembedding: Any = model.model.get_output_embeddings()  # type: ignore[operator]
+    unembedding.forward = partial(type(unembedding).forward, unembedding)
+    try:
+        assert plain_matrix(unembedding) is None
+        torch.testing.assert_close(joined(gate_gradient(model, items)), plain, rtol=1e-4, atol=1e-7)
+    finally:
+        del unembedding.forward
+    assert plain_matrix(unembedding) is not None
 
 
 def test_what_it_cannot_do_it_says(model: AttachedModel) -> None:

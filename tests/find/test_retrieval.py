@@ -12,11 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as some
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import headwise as hw
 from headwise.errors import InputError, Refusal
 from headwise.find import find, retrieval
 from headwise.find.retrieval import METHODS, Counting, retrieval_score
+from headwise.model.attention.rows import score_rows
+from headwise.model.running import rowwork
 from headwise.probes import probe
 from headwise.probes.encoding import EncodedItem, ItemSet, encode
 from headwise.probes.item import Item
@@ -277,3 +280,32 @@ def test_mistakes_and_refusals() -> None:
         model_scores(model, replace(items, items=(replace(items.items[0], answer=()),)))
     with hw.load("zoo:tiny-t5") as seq2seq, pytest.raises(Refusal, match="decoder-only"):
         model_scores(seq2seq, by_hand(seq2seq.tokenizer, [((20, 21, 22), 21, (1,))]))
+
+
+def test_the_prompt_runs_through_the_kernel_and_rows_are_made_for_written_tokens_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One query a call, at the column that the next token is written from; 2 layers, a prefill and 3 steps."""
+    made: list[tuple[int, int]] = []
+
+    def noting(call: Any, heads: Tensor, queries: Tensor) -> Any:
+        made.append((call.query.shape[2], queries.shape[-1]))
+        return score_rows(call, heads, queries)
+
+    monkeypatch.setattr(rowwork, "score_rows", noting)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    ids = torch.arange(1, 31).view(2, 15)
+    with hw.attach(LlamaForCausalLM(config).eval()) as model:
+        with model.reading(retrieval.strongest_keys(model)) as got:
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4, do_sample=False
+            )
+        assert [each.shape for each in got.rows["L1"]] == [(2, 4)] * 4
+    assert made == [(15, 1)] * 2 + [(1, 1)] * 6

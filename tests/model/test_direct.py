@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 import headwise as hw
 from headwise.errors import Refusal
 from headwise.model.attached import AttachedModel
-from headwise.model.direct import direct_paths
+from headwise.model.direct import direct_paths, plain_matrix
 
 IDS = torch.tensor([[1, 9, 10, 11], [1, 12, 13, 14]])
 
@@ -113,3 +114,31 @@ def test_padding_that_is_no_number_stays_where_it_is() -> None:
             logits = model(input_ids=IDS[:1]).logits[:, -1:]
         alone = run.directions(lambda raw: raw[:, -1, 7] - raw[:, -1, 8], logits)["L0"]
     torch.testing.assert_close(both[:1], alone)
+
+
+@pytest.mark.parametrize("looked_at", ["two logits", "all logits"])
+def test_a_matrix_and_a_forward_give_the_same_direction(looked_at: str) -> None:
+    """Of a plain layer the weights are taken; one whose forward is something else's is gone through with autograd."""
+
+    def score(raw: torch.Tensor) -> torch.Tensor:
+        return raw[:, -1, 7] - (raw[:, -1, 8] if looked_at == "two logits" else raw[:, -1].mean(-1))
+
+    def found(network: Any) -> torch.Tensor:
+        with hw.attach(network) as model, torch.no_grad(), direct_paths(model).recording(2) as run:
+            logits = model(input_ids=IDS).logits[:, -2:]
+            return run.directions(score, logits)["L0"]
+
+    network = llama()
+    assert plain_matrix(network.lm_head) is not None
+    by_matrix = found(network)
+    network.lm_head.forward = partial(nn.Linear.forward, network.lm_head)
+    assert plain_matrix(network.lm_head) is None
+    torch.testing.assert_close(found(network), by_matrix)
+    assert by_matrix.abs().max() > 0
+
+
+def test_a_score_that_is_not_linear_is_refused() -> None:
+    with hw.attach(llama()) as model, torch.no_grad(), direct_paths(model).recording(1) as run:
+        logits = model(input_ids=IDS).logits[:, -1:]
+        with pytest.raises(Refusal, match="not linear"):
+            run.directions(lambda raw: 100 * raw[:, -1, 7] ** 2, logits)

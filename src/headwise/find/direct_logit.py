@@ -58,7 +58,7 @@ def direct_logit(model: AttachedModel, items: ItemSet) -> Scored:
 
     def score(batch: Batch) -> Scored:
         tokens = _tokens(batch)
-        wanted = read.z(_all(model), reduce=_last(tokens))
+        wanted = read.z([id.label for id in sites], reduce=_last(tokens))
         got, outcome, directions = _run(model, paths, batch, wanted)
         kept = outcome.predicting[:, :, None]
         scored = {}

@@ -22,11 +22,13 @@ for the division just named; the loss of the paper is that of its tasks.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal, get_args
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal, Self, get_args
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from headwise.errors import InputError
 from headwise.find.method import Method, Scored, scored_sites
@@ -34,6 +36,8 @@ from headwise.find.search import over_batches
 from headwise.metrics import Metric, metric
 from headwise.model import read
 from headwise.model.attached import AttachedModel
+from headwise.model.direct import plain_matrix, through_matrix, unembedding_of
+from headwise.model.running.resuming import Course, Kept, Start, course_of, keeping, resumed
 from headwise.probes.batch import Batch
 from headwise.probes.encoding import ItemSet
 from headwise.probes.outcome import observe, refuse_two_sided
@@ -60,15 +64,21 @@ def gate_gradient(
     if "generation" in chosen.needs or "clean" in chosen.needs:
         raise InputError(f"loss={chosen.id!r} has no gradient here; use cross-entropy or another metric of the logits")
     sites = scored_sites(model)
-    heads = model.heads([id.label for id in sites])
+    gates = read.gate([id.label for id in sites])
+    of_logits = chosen.wants == {"logits"}
+    end = _end_of(model) if of_logits and not model.planned else None
 
     def score(batch: Batch) -> Scored:
         refuse_two_sided(model, batch)
-        with _weights_at_rest(model.model), torch.enable_grad(), model.reading(read.gate(heads)) as got:
+        apart = _Unembedding(model) if of_logits else nullcontext()
+        short = nullcontext() if end is None else end.at_last_columns(max(batch.answers.shape[1], 1))
+        with _weights_at_rest(model.model), apart, torch.enable_grad(), model.reading(gates) as got, short:
             losses = chosen(observe(model, batch, wants=chosen.wants, gradients=True))
             if not losses.requires_grad:
                 raise InputError(f"loss={chosen.id!r} has no gradient; use cross-entropy or another smooth metric")
             losses.sum().backward()  # type: ignore[no-untyped-call]
+            if isinstance(apart, _Unembedding):
+                apart.backward()
         return {id: _reduced(got.gate.grad[id.label], batch, per) for id in sites}
 
     scored = over_batches(items, score)
@@ -77,7 +87,7 @@ def gate_gradient(
     return {id: values / values.double().mean(0).norm().clamp(min=1e-20) for id, values in scored.items()}
 
 
-def _reduced(gradient: torch.Tensor, batch: Batch, per: Per) -> torch.Tensor:
+def _reduced(gradient: Tensor, batch: Batch, per: Per) -> Tensor:
     """`[item, position, head]` to `[item, head]`; what stands on padding reaches no answer, so its gradient is 0."""
     gradient = gradient.double()
     if per == "example":
@@ -97,6 +107,82 @@ def _weights_at_rest(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)
+
+
+_KEPT: WeakKeyDictionary[AttachedModel, Kept] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _End:
+    """How the last block of a model is run where only the last columns are wanted of it, which is measured."""
+
+    model: AttachedModel
+    course: Course
+    kept: Kept
+
+    def at_last_columns(self, n: int) -> AbstractContextManager[None]:
+        """Inside, the last block gives its last `n` columns alone: nothing reads the others, so they have no gradient
+        either, and their feed-forward part would be for nothing, both ways."""
+        return resumed(self.model, self.course, self.kept, Start(0, 1, at_z=False, last=n))
+
+
+def _end_of(model: AttachedModel) -> _End | None:
+    """None where the last block has to be run whole."""
+    course = course_of(model)
+    if course.tail is None:
+        return None
+    kept = _KEPT.get(model)
+    if kept is None:
+        with torch.no_grad(), keeping(model, course, ()) as seen:
+            model(**model.example)
+        kept = _KEPT[model] = Kept(forms=seen.forms, stream=seen.stream)
+    return _End(model, course, kept)
+
+
+class _Unembedding:
+    """Inside, a plain unembedding is left out of the graph; `backward` goes on behind it.
+
+    Autograd would take the gradient through the whole vocabulary, though a loss may look at two tokens of it, and would
+    multiply with weights at rest in a slower way: together a seventh of a forward of GPT-2.
+    """
+
+    def __init__(self, model: AttachedModel) -> None:
+        self.module = unembedding_of(model)
+        self.matrix = plain_matrix(self.module)
+        self.taken: list[Tensor] = []
+        self.returned: list[Tensor] = []
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> Self:
+        if self.module is not None and self.matrix is not None:
+            # Behind the hooks of others on what comes in, before them on what goes out: theirs stay in the graph.
+            self._hooks.callback(self.module.register_forward_pre_hook(self._before).remove)
+            self._hooks.callback(self.module.register_forward_hook(self._behind, prepend=True).remove)
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._hooks.close()
+
+    def backward(self) -> None:
+        """From the gradient at the logits to whatever the unembedding was given."""
+        seen = [(x, logits.grad) for x, logits in zip(self.taken, self.returned, strict=True)]
+        reached = [(x, gradient) for x, gradient in seen if gradient is not None]
+        if self.matrix is not None and reached:
+            torch.autograd.backward(
+                [x for x, _ in reached], [through_matrix(gradient, self.matrix).to(x.dtype) for x, gradient in reached]
+            )
+
+    def _before(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not args or not args[0].requires_grad:
+            return None
+        self.taken.append(args[0])
+        return (args[0].detach().contiguous(), *args[1:])
+
+    def _behind(self, module: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor | None:
+        if len(self.taken) == len(self.returned):
+            return None
+        self.returned.append(logits.detach().requires_grad_())
+        return self.returned[-1]
 
 
 METHODS = (

@@ -23,12 +23,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from headwise.errors import InputError
 from headwise.find.method import Method, Scored
-from headwise.find.patterns import Tokens, Weights, mean_masses, require_whole
+from headwise.find.patterns import Tokens, mean_pair_masses, require_whole
 from headwise.find.search import over_batches
 from headwise.heads import SiteId
 from headwise.model.attached import AttachedModel
@@ -71,22 +71,16 @@ def lag_curve(model: AttachedModel, items: ItemSet, lags: Sequence[int] = LAGS) 
 
     def curve(batch: Batch) -> dict[SiteId, Tensor]:
         tokens = Tokens.of(model, batch)
-        return mean_masses(model, tokens, *(_keys_at(tokens, lag) for lag in lags))
+        return mean_pair_masses(model, tokens, *(_keys_at(tokens, lag) for lag in lags))
 
     return LagCurve(tuple(lags), over_batches(items, curve, answers=False))
 
 
-def _keys_at(tokens: Tokens, lag: int) -> Weights:
+def _keys_at(tokens: Tokens, lag: int) -> Int[Tensor, "item column"]:
     previous = tokens.previous()
-    asked = (previous >= 0) & tokens.within("repeated")
-
-    def keys(queries: Tensor) -> Tensor:
-        at = (previous[:, queries] + lag).unsqueeze(-1)
-        earlier = tokens.columns < queries.unsqueeze(-1)
-        chosen: Tensor = (tokens.columns == at) & earlier & asked[:, queries].unsqueeze(-1) & tokens.words.unsqueeze(1)
-        return chosen
-
-    return keys
+    at = previous + lag
+    asked = (previous >= 0) & tokens.within("repeated") & (at >= 0) & (at < tokens.columns)
+    return at.masked_fill(~(asked & tokens.words.gather(1, at.where(asked, 0))), -1)
 
 
 METHODS = (

@@ -12,9 +12,14 @@ token itself. Negative offsets look ahead; only encoders can.
 
 from __future__ import annotations
 
+from jaxtyping import Int
+from torch import Tensor
+
 from headwise.find.method import Method, Scored
-from headwise.find.patterns import Tokens, Weights, mean_mass, require_whole
+from headwise.find.patterns import Tokens, mean_pair_masses, require_whole
+from headwise.find.search import over_batches
 from headwise.model.attached import AttachedModel
+from headwise.probes.batch import Batch
 from headwise.probes.encoding import ItemSet
 
 
@@ -25,15 +30,20 @@ def mass_at_offset(model: AttachedModel, items: ItemSet, offset: int = 2) -> Sco
     """
     require_whole("offset", offset)
 
-    def keys(tokens: Tokens) -> Weights:
-        # Both ends are tokens of the text: in front of the first one there is padding, or nothing.
-        return lambda queries: (
-            (tokens.columns == (queries - offset).unsqueeze(-1))
-            & tokens.prompt[:, queries].unsqueeze(-1)
-            & tokens.attended.unsqueeze(1)
-        )
+    def means(batch: Batch) -> Scored:
+        tokens = Tokens.of(model, batch)
+        found = mean_pair_masses(model, tokens, _keys_at(tokens, offset))
+        return {site: mass[..., 0] for site, mass in found.items()}
 
-    return mean_mass(model, items, keys)
+    return over_batches(items, means, answers=False)
+
+
+def _keys_at(tokens: Tokens, offset: int) -> Int[Tensor, "item column"]:
+    """Both ends are tokens of the text: in front of the first one there is padding, or nothing."""
+    at = tokens.columns - offset
+    inside = (at >= 0) & (at < tokens.width)
+    keys = at.where(inside, 0).expand(len(tokens.ids), -1)
+    return keys.masked_fill(~(inside & tokens.prompt & tokens.attended.gather(1, keys)), -1)
 
 
 METHODS = (

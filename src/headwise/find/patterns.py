@@ -3,8 +3,9 @@
     weights(queries) -> w[item, query, key]         which entries of the pattern count, and how much
     score[item, head] = sum_{t, s} w[item, t, s] A[item, head, t, s]
 
-Rows are read a few queries at a time, within `BUDGET` bytes a site, and summed at once. Every self-attention site of
-the main stack is read in the same forward. Padding is in no sum.
+Rows are read a few queries at a time, within `BUDGET` bytes a site, and summed at once. Where a query has one key that
+counts, no row is made at all (`mean_pair_masses`). Every self-attention site of the main stack is read in the same
+forward. Padding is in no sum.
 """
 
 from __future__ import annotations
@@ -145,21 +146,31 @@ def mean_mass(model: AttachedModel, items: ItemSet, keys: Callable[[Tokens], Wei
 
     `keys(tokens)` gives True at the keys of each query, and nowhere for a query that does not count.
     """
-    return over_batches(items, partial(_first_mean_mass, model, keys), answers=False)
+    return over_batches(items, partial(_mean_mass, model, keys), answers=False)
 
 
-def _first_mean_mass(model: AttachedModel, keys: Callable[[Tokens], Weights], batch: Batch) -> Scored:
+def _mean_mass(model: AttachedModel, keys: Callable[[Tokens], Weights], batch: Batch) -> Scored:
     tokens = Tokens.of(model, batch)
-    return {site: means[..., 0] for site, means in mean_masses(model, tokens, keys(tokens)).items()}
+    rule = keys(tokens)
+    counts = torch.stack([rule(chunk).bool().any(-1).sum(-1) for chunk in _chunks(model, tokens)]).sum(0)
+    return {site: sums[..., 0] / counts.unsqueeze(-1) for site, sums in weighted_sums(model, tokens, rule).items()}
 
 
-def mean_masses(model: AttachedModel, tokens: Tokens, *rules: Weights) -> dict[SiteId, Float[Tensor, "item head rule"]]:
-    """For each rule, the mean mass on the keys it marks, over the queries that have such a key; NaN where none has."""
-    counts = torch.zeros(len(tokens.ids), 1, len(rules), dtype=torch.float64)
-    for chunk in _chunks(model, tokens):
-        here = [rule(chunk).bool().any(-1).sum(-1) for rule in rules]
-        counts += torch.stack(here, dim=-1).unsqueeze(1)
-    return {site: sums / counts for site, sums in weighted_sums(model, tokens, *rules).items()}
+def mean_pair_masses(
+    model: AttachedModel, tokens: Tokens, *keys: Int[Tensor, "item column"]
+) -> dict[SiteId, Float[Tensor, "item head rule"]]:
+    """The mean mass on one key for each query, over the queries that have one (-1: none); NaN where none has.
+
+    From the kernel's logsumexp where it can be had (`read.statistics`), so that no row is made.
+    """
+    pairs = {f"keys {number}": columns.unsqueeze(-1) for number, columns in enumerate(keys)}
+    got = _run(model, tokens, read.statistics(tuple(_sites(model)), wanted=[], pairs=pairs))["statistics"]
+
+    def means(site: SiteId) -> Float[Tensor, "item head rule"]:
+        masses = [mass.cpu() for mass in got[site].pair_mass.values()]
+        return torch.stack([mean_over(mass, at >= 0) for mass, at in zip(masses, keys, strict=True)], dim=-1)
+
+    return {site: means(site) for site in _sites(model)}
 
 
 def weighted_sums(

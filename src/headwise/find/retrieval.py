@@ -43,6 +43,7 @@ from headwise.heads import SiteId
 from headwise.metrics import rouge_1_recall
 from headwise.model import read
 from headwise.model.attached import AttachedModel
+from headwise.model.read import Read
 from headwise.probes.batch import Batch
 from headwise.probes.encoding import ItemSet
 from headwise.probes.outcome import Outcome, observe, places
@@ -118,6 +119,13 @@ def retrieval_score(
     return hits.sum(dim=2).double() / sizes[:, None].to(hits.device)
 
 
+def strongest_keys(model: AttachedModel) -> Read:
+    """The read behind the trace, `[item, head]` at each step: the prompt runs through the model's own kernel, and the
+    only rows made are those that a token is written from."""
+    labels = [site.label for site in scored_sites(model)]
+    return read.rows(labels, queries="last", reduce=_strongest)
+
+
 def span_columns(model: AttachedModel, batch: Batch, span: str, width: int) -> Bool[Tensor, "item column"]:
     """True at the columns of a span, in rows of `width` columns whose prompts are padded on the left.
 
@@ -144,7 +152,7 @@ def _of_batch(
 ) -> dict[SiteId, Float[Tensor, "item head"]]:
     needle = span_columns(model, batch, span, batch.prompt_length)
     sites = scored_sites(model)
-    with model.reading(read.rows([site.label for site in sites], queries="last", reduce=_strongest)) as got:
+    with model.reading(strongest_keys(model)) as got:
         outcome = observe(model, batch, wants={"generation"}, new_tokens=new_tokens)
     outcome = _until_line_end(outcome, model.tokenizer)
     assert outcome.generated is not None

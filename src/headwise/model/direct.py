@@ -124,16 +124,24 @@ class DirectRun:
 
     def _of_unembedding(self, score: Callable[[Raw], Tensor]) -> Float[Tensor, "item token d_model"]:
         """The gradient of the score by what the unembedding was given."""
+        matrix = plain_matrix(self.paths.unembedding)
+        if matrix is None:
+            return self._slope(lambda x: score(self._raw(x)), self.taken["unembedding"])
+        raw = self.returned["unembedding"]
+        return through_matrix(self._slope(lambda raw: score(raw.to(float_dtype(raw))), raw), matrix)
+
+    def _slope(self, score: Callable[[Tensor], Float[Tensor, " item"]], at: Tensor) -> Tensor:
+        """The gradient of a score that must be linear, at the value of the run."""
         with torch.enable_grad():
-            leaf = self.taken["unembedding"].detach().clone().requires_grad_()
-            raw = self._raw(leaf)
-            scores = score(raw)
+            leaf = at.detach().clone().requires_grad_()
+            scores = score(leaf)
             (gradient,) = torch.autograd.grad(scores.sum(), leaf)
         gradient = gradient.to(float_dtype(gradient))
         with torch.no_grad():
             parts = torch.where(gradient == 0, 0, gradient * leaf)
-            rest = scores - score(self._raw(torch.zeros_like(leaf))) - parts.sum((1, 2))
-        room = MULTIPLE.get(leaf.dtype, 1e-4) * (parts.abs().sum((1, 2)) + float(raw.detach().abs().max()))
+            rest = scores - score(torch.zeros_like(leaf)) - parts.sum((1, 2))
+        largest = float(self.returned["unembedding"].abs().max())
+        room = MULTIPLE.get(leaf.dtype, 1e-4) * (parts.abs().sum((1, 2)) + largest)
         if not bool((rest.abs() <= room).all()):
             raise Refusal(
                 f"the unembedding of {self.paths.model.name} is not linear in what it takes, so the logits are no sum "
@@ -206,23 +214,47 @@ def direct_paths(model: AttachedModel) -> DirectPaths:
         way = ways.get(site.label, f"its block has no projection of it ({site.projection})")
         if site.id.stack == stack and isinstance(way, str):
             raise Refusal(f"{site.label} of {model.name}: how it writes to the stream cannot be told: {way}")
-    return DirectPaths(model, blocks, model.table.sublayers.final_norms.get(stack), _unembedding(model))
+    unembedding = unembedding_of(model)
+    if unembedding is None:
+        raise Refusal(f"{model.name} has no unembedding, so there are no logits to take apart; use knock-out")
+    return DirectPaths(model, blocks, model.table.sublayers.final_norms.get(stack), unembedding)
 
 
-def _unembedding(model: AttachedModel) -> nn.Module:
+def unembedding_of(model: AttachedModel) -> nn.Module | None:
+    """The module that makes logits; None in a model that has none."""
     inner = getattr(model.model, "get_base_model", None)
     network: Any = inner() if callable(inner) else model.model
     asked = getattr(network, "get_output_embeddings", None)
     module = asked() if callable(asked) else None
-    if not isinstance(module, nn.Module):
-        raise Refusal(f"{model.name} has no unembedding, so there are no logits to take apart; use knock-out")
-    return module
+    return module if isinstance(module, nn.Module) else None
+
+
+def plain_matrix(module: nn.Module | None) -> Float[Tensor, "vocab d_model"] | None:
+    """The weights of a plain linear layer; None where its forward or its weights are something else's (quantised,
+    offloaded, wrapped), whose gradient has to be taken through them."""
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+        return None
+    in_memory = type(module.weight) is nn.Parameter and not module.weight.is_meta
+    return module.weight.detach() if in_memory else None
+
+
+def through_matrix(
+    gradient: Float[Tensor, "item token vocab"], matrix: Float[Tensor, "vocab d_model"]
+) -> Float[Tensor, "item token d_model"]:
+    """A gradient by logits, taken back through the unembedding. A score looks at a few logits: only their rows of the
+    matrix are needed, and not a pass through all of it, which is felt beside one forward."""
+    looked_at = (gradient != 0).flatten(0, -2).any(0)
+    if bool(looked_at.all()):
+        return gradient @ matrix.to(gradient)
+    return gradient[..., looked_at] @ matrix[looked_at].to(gradient)
 
 
 def _multiple(x: Tensor, of: Tensor) -> float | None:
     """c, where x = c * of; None where it is no multiple. Rows that are no number (padding) say nothing."""
     if x.shape != of.shape:
         return None
+    if torch.equal(x, of) and bool(of.any()):
+        return 1.0
     tolerance = max(MULTIPLE.get(each.dtype, 1e-4) for each in (x, of))
     x, of = x.double(), of.double()
     kept = x.isfinite().all(-1) & of.isfinite().all(-1)

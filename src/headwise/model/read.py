@@ -15,9 +15,13 @@ Layouts, everywhere:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from headwise.errors import InputError
 from headwise.model.attention.statistics import STATISTICS
@@ -34,7 +38,7 @@ WITHOUT_GRADIENT = frozenset({"statistics", "final_scale"})
 OWN_OPTIONS = {
     "z": frozenset({"point"}),
     "gate": frozenset({"point"}),
-    "statistics": frozenset({"wanted", "spans"}),
+    "statistics": frozenset({"wanted", "spans", "pairs"}),
 }
 RESERVED_NAMES = frozenset({"captures", "fired"})  # what the handle of a reading has of its own
 
@@ -51,7 +55,7 @@ class Read:
         reduce: called with each call's value; its results are kept, one per call, in place of the value.
         grad: keep the gradient at this point too; it is there after `backward()`.
         name: attribute of the reading under which the result is found.
-        wanted, spans: for statistics: which, and the names of the spans whose mass is wanted.
+        wanted, spans, pairs: for statistics: which, and the spans and pairs whose mass is wanted.
         scope: in a denoising loop, the steps (`steps:0-9`) or the branch (`branch:NAME`) to read in.
     """
 
@@ -64,6 +68,7 @@ class Read:
     grad: bool = False
     wanted: frozenset[str] = frozenset()
     spans: tuple[str, ...] = ()
+    pairs: Mapping[str, Int[Tensor, "batch column slot"]] = field(default_factory=dict)
     scope: str = "all"
 
     @property
@@ -140,23 +145,38 @@ def statistics(
     *,
     wanted: Iterable[str] = STATISTICS,
     spans: Sequence[str] = (),
+    pairs: Mapping[str, Int[Tensor, "batch column slot"]] | None = None,
     **options: Any,
 ) -> Read:
-    """Row statistics in one sweep with no n x n held, each `[batch, head, query]`.
+    """Row statistics with no n x n held, each `[batch, head, query]`.
 
     `entropy` (nats), `max` (largest weight), `top1` (its column), `sink_mass` (on each row's first attended token),
-    `learned_sink` (on a learned sink, where there is one), `mean_distance` (tokens), and the mass on each of `spans`.
-    Padding queries are NaN.
+    `learned_sink` (on a learned sink, where there is one), `mean_distance` (tokens), the mass on each of `spans`, and
+    that on `pairs`. Padding queries are NaN.
+
+    Where the kernel of a call hands out its logsumexp they come from that, at about the cost of one more attention in
+    fp32 (`mean_distance`: in fp64); `max` and `top1`, and on other calls everything, are swept in chunks of rows.
+    `headwise.model.attention.flash.flash_can` says which way a call goes, and why.
+
+    Args:
+        pairs: by name, the key columns whose mass is wanted, for each row and column of the sequence; several for one
+            query are summed, none may come twice; -1 for none. The token before is
+            `torch.arange(-1, n - 1).expand(batch, n).unsqueeze(-1)`.
 
     Raises:
-        InputError: a statistic that does not exist.
+        InputError: a statistic that does not exist, or pairs that are no whole numbers `[batch, column, slot]`.
     """
     unknown = sorted(set(wanted) - set(STATISTICS))
     if unknown:
         raise InputError(f"no statistic named {unknown[0]!r}; there are {', '.join(STATISTICS)}")
-    return _read(
-        "statistics", heads, {"queries": queries, "wanted": frozenset(wanted), "spans": tuple(spans), **options}
-    )
+    for name, columns in (pairs or {}).items():
+        if columns.ndim != 3 or columns.dtype != torch.long:
+            raise InputError(
+                f"pairs {name!r} are {columns.dtype} of shape {list(columns.shape)}, expected torch.int64 "
+                "[batch, column, slot]: the key columns of every query"
+            )
+    asked = {"wanted": frozenset(wanted), "spans": tuple(spans), "pairs": dict(pairs or {})}
+    return _read("statistics", heads, {"queries": queries, **asked, **options})
 
 
 def mlp(blocks: HeadLike = None, **options: Any) -> Read:

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal
 
 from headwise.errors import InputError
@@ -78,8 +78,9 @@ class SiteTable:
         chosen = HeadSet.parse(tuple(self._spelled_out(heads, want)), kind=None)
         if not chosen:
             raise InputError("no heads were given: the set is empty")
+        site_of = cache(self.site)  # of a model with many heads, each would look through all sites
         for member in chosen:
-            site = self.site(member.site)
+            site = site_of(member.site)
             limit = site.n_heads if isinstance(member, Head) else site.n_kv_heads
             if member.index >= limit:
                 what = "heads" if isinstance(member, Head) else "KV groups"

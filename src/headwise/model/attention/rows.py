@@ -78,7 +78,7 @@ def score_rows(
         InputError: a head or query that the call does not have.
         Refusal: a paged cache, packed sequences, or a mask, sink or bias these rules do not cover.
     """
-    _refuse_unreadable(call)
+    refuse_unreadable(call)
     heads = _checked(torch.arange(call.n_heads) if heads is None else heads, call.n_heads, "heads", dims=(1,))
     queries = _checked(queries, call.query.shape[2], "queries", dims=(1, 2)).to(call.query.device)
     n_rows = max(call.query.shape[0], call.key.shape[0])  # learned queries may come with one row for the whole batch
@@ -91,19 +91,27 @@ def score_rows(
     # Under autocast the product would silently be in half precision.
     with torch.autocast(call.query.device.type, enabled=False):
         query = _select(call.query.expand(n_rows, -1, -1, -1), heads, queries).to(_row_dtype(call))
-        owners = _owners(call, heads, call.n_kv_heads)
+        owners = owners_of(call, heads, call.n_kv_heads)
         scores = _by_owner(lambda rows, keys: rows @ keys.mT, query * call.scale, call.key, owners)
         softcap = call.options.get("softcap")
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
-        position_bias = call.options.get("position_bias")
-        if position_bias is not None:
-            grid = _as_grid(position_bias, call, "position_bias")
-            scores += _select(grid, heads, queries).to(scores.dtype)
-        bias = _mask_bias(call, heads, queries, scores.dtype)
+        bias = bias_rows(call, heads, queries, scores.dtype)
         if bias is not None:
             scores += bias
-        return ScoreRows(scores, _sink_scores(call, heads, queries, scores))
+        return ScoreRows(scores, sink_scores(call, heads, queries, scores.dtype))
+
+
+def bias_rows(
+    call: AttentionCall, heads: Int[Tensor, " head"], queries: Int[Tensor, "*batch query"], dtype: torch.dtype
+) -> Float[Tensor, "#batch #head #query key"] | None:
+    """What is added to q.k: position bias and mask, -inf where masked. None where nothing is added."""
+    hidden = _mask_bias(call, heads, queries, dtype)
+    position_bias = call.options.get("position_bias")
+    if position_bias is None:
+        return hidden
+    grid = _select(_as_grid(position_bias, call, "position_bias"), heads, queries).to(dtype)
+    return grid if hidden is None else grid + hidden
 
 
 def pattern_rows(rows: ScoreRows) -> PatternRows:
@@ -133,7 +141,7 @@ def mix_values(
         Refusal: query heads that do not divide evenly over the value heads.
     """
     heads = _checked(torch.arange(call.n_heads) if heads is None else heads, call.n_heads, "heads", dims=(1,))
-    owners = _owners(call, heads, int(call.value.shape[1]))
+    owners = owners_of(call, heads, int(call.value.shape[1]))
     with torch.autocast(weights.device.type, enabled=False):
         return _by_owner(torch.matmul, weights, call.value, owners).transpose(1, 2)
 
@@ -167,9 +175,14 @@ def row_chunks(
 
 def last_visible_key(call: AttentionCall, queries: Int[Tensor, " query"]) -> int:
     """A bound that costs nothing: no key after it is visible to any of `queries`."""
-    if call.mask is None and _kernel_family(call) == "sdpa" and _top_left_causal(call):
+    if causal_alone(call):
         return min(int(queries.max()), int(call.key.shape[2]) - 1)
     return int(call.key.shape[2]) - 1
+
+
+def causal_alone(call: AttentionCall) -> bool:
+    """Whether nothing hides keys but causality aligned at the first key, which the kernel sees to without a mask."""
+    return call.mask is None and kernel_family(call) == "sdpa" and _top_left_causal(call)
 
 
 def in_row_precision(call: AttentionCall) -> AttentionCall:
@@ -182,13 +195,15 @@ def _row_dtype(call: AttentionCall) -> torch.dtype:
     return torch.float64 if call.query.dtype == torch.float64 else torch.float32
 
 
-def _kernel_family(call: AttentionCall) -> KernelFamily:
+def kernel_family(call: AttentionCall) -> KernelFamily:
+    """Whose rules for masks and sinks the call goes by."""
     families: tuple[KernelFamily, ...] = ("eager", "sdpa", "flex", "flash")
     return next((family for family in families if family in call.kernel), "other")
 
 
-def _refuse_unreadable(call: AttentionCall) -> None:
-    options, family = call.options, _kernel_family(call)
+def refuse_unreadable(call: AttentionCall) -> None:
+    """Raises Refusal where the call does not hold all that its kernel goes by."""
+    options, family = call.options, kernel_family(call)
     paged = [name for name in ("cache", "block_table") if options.get(name) is not None]
     if paged or "paged" in call.kernel:
         raise Refusal(
@@ -234,7 +249,7 @@ def _checked(indices: Tensor, size: int, name: str, *, dims: tuple[int, ...]) ->
     return indices
 
 
-def _owners(call: AttentionCall, heads: Tensor, n_shared: int) -> list[int]:
+def owners_of(call: AttentionCall, heads: Tensor, n_shared: int) -> list[int]:
     """The key (or value) head that each of `heads` reads: query heads are dealt out in blocks, in order."""
     if call.n_heads % n_shared:
         raise Refusal(f"{call.n_heads} query heads do not divide over {n_shared} key/value heads; rows are not defined")
@@ -299,7 +314,7 @@ def _as_grid(given: Tensor, call: AttentionCall, name: str) -> Float[Tensor, "ba
 
 def _mask_bias(call: AttentionCall, heads: Tensor, queries: Tensor, dtype: torch.dtype) -> Tensor | None:
     """What the mask adds to the chosen scores, broadcastable to them: -inf where masked. None where nothing is."""
-    family, mask = _kernel_family(call), call.mask
+    family, mask = kernel_family(call), call.mask
     if isinstance(mask, BlockMask):
         return _hide(~_block_mask_visible(call, mask, heads, queries), dtype)
     if family == "flash":
@@ -389,22 +404,23 @@ def _block_mask_visible(
     return seen
 
 
-def _sink_scores(
-    call: AttentionCall, heads: Tensor, queries: Tensor, scores: Tensor
+def sink_scores(
+    call: AttentionCall, heads: Tensor, queries: Tensor, dtype: torch.dtype
 ) -> Float[Tensor, "batch head query"] | None:
     """The score of the learned sink: one per head (`s_aux`, `module.sinks`) or per head and query (`sinks`)."""
-    if _kernel_family(call) == "sdpa":  # it has no place for a sink and drops the option
+    if kernel_family(call) == "sdpa":  # it has no place for a sink and drops the option
         return None
     options = call.options
     given = (options.get("s_aux"), options.get("sinks"), getattr(call.module, "sinks", None))
     sink = next((candidate for candidate in given if isinstance(candidate, Tensor)), None)
     if sink is None:
         return None
-    expected = (max(call.query.shape[0], call.key.shape[0]), call.n_heads, call.query.shape[2], 1)
+    n_rows = max(call.query.shape[0], call.key.shape[0])
+    expected = (n_rows, call.n_heads, call.query.shape[2], 1)
     grid = sink.reshape(1, -1, 1, 1) if sink.numel() == call.n_heads else sink
     if grid.ndim != 4 or any(size not in (1, full) for size, full in zip(grid.shape, expected, strict=True)):
         raise Refusal(
             f"rows cannot be rebuilt in {call.kernel}: learned sinks of shape {list(sink.shape)}, expected "
             f"[{call.n_heads}] or {list(expected)}"
         )
-    return _select(grid, heads, queries).to(scores.dtype).squeeze(-1).expand(scores.shape[:-1])
+    return _select(grid, heads, queries).to(dtype).squeeze(-1).expand(n_rows, len(heads), queries.shape[-1])

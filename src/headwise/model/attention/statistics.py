@@ -1,4 +1,4 @@
-"""Statistics of pattern rows in one sweep over queries, with no n x n held.
+"""Statistics of pattern rows with no n x n held: from the kernel's logsumexp, or else in one sweep over queries.
 
 For a row p over keys j at columns c_j, seen from the query at column c_i, each `[batch, head, query]`:
 
@@ -8,12 +8,18 @@ For a row p over keys j at columns c_j, seen from the query at column c_i, each 
     learned_sink   1 - sum_j p_j, the weight of a learned sink; 0 where the site has none
     mean_distance  sum_j p_j (c_i - c_j) / sum_j p_j, in tokens; negative where a head looks ahead
     span_mass      sum of p_j over the keys of a named span
+    pair_mass      sum of p_j over keys that are given query by query
+
+Which of the two ways a call goes is `flash_can`'s answer (`flash.py`); `swept.py` is the other one. Swept are: scores
+that are edited, capped, or made by the model itself; `entropy` under a bias that does more than hide keys; calls on
+devices without such a kernel. Both ways take causal and other masks, sliding windows, padding, shared KV heads and
+learned sinks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -22,7 +28,9 @@ from torch import Tensor
 
 from headwise.errors import InputError
 from headwise.model.attention.calls import AttentionCall
-from headwise.model.attention.rows import ScoreRows, in_row_precision, last_visible_key, row_chunks, score_rows
+from headwise.model.attention.flash import flash_can, from_kernel
+from headwise.model.attention.rows import ScoreRows
+from headwise.model.attention.swept import Question, no_value, swept
 
 Statistic = Literal["entropy", "max", "top1", "sink_mass", "learned_sink", "mean_distance"]
 STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
@@ -32,8 +40,12 @@ STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
 class RowStatistics:
     """What was asked for; None otherwise. NaN (`top1`: -1) at invalid queries and where a query sees no key.
 
-    `mean_distance` is fp64, because beyond 2048 tokens fp32 steps by more than 1e-4. A row split between far keys by
-    large scores still inherits the rounding of those scores: about p (1 - p) times distance times 1e-7 of the score.
+    `mean_distance` is fp64, and its scores are, too. What makes it inexact in fp32 is not the sum over positions but
+    the scores: an error e in the score of one key moves the mean by p (1 - p) e times the key's distance from it, and a
+    sum of 64 products around 25 is off by some 1e-5. At 4096 tokens, in a row that is split between far keys, that was
+    4e-3 tokens with everything else in fp64; other ways to sum (positions centred, or split into two digits) changed
+    nothing. Even scores rounded once to fp32 gave 0.8e-3. From fp64 scores it agrees with rows in fp64 to 1e-9; edited
+    scores, and those that a model makes itself, come as they are.
     """
 
     entropy: Float[Tensor, "batch head query"] | None
@@ -43,6 +55,7 @@ class RowStatistics:
     learned_sink: Float[Tensor, "batch head query"] | None
     mean_distance: Float[Tensor, "batch head query"] | None
     span_mass: Mapping[str, Float[Tensor, "batch head query"]]
+    pair_mass: Mapping[str, Float[Tensor, "batch head query"]]
 
 
 def row_statistics(
@@ -55,27 +68,30 @@ def row_statistics(
     valid_queries: Bool[Tensor, "batch query"] | None = None,
     queries: Int[Tensor, " chosen"] | Int[Tensor, "batch chosen"] | None = None,
     spans: Mapping[str, Bool[Tensor, "batch key"]] | None = None,
+    pairs: Mapping[str, Int[Tensor, "batch query slot"]] | None = None,
     rows: Callable[[Tensor], ScoreRows] | None = None,
     wanted: frozenset[str] = frozenset(STATISTICS),
     budget_bytes: int = 8 * 2**20,
 ) -> RowStatistics:
     """Statistics of the rows of the chosen query heads and queries.
 
-    With a learned sink the keys hold less than all of a row: `entropy`, `max`, `sink_mass` and `span_mass` are of the
-    keys' weights as they are, `mean_distance` is normalised by the mass the keys hold.
+    With a learned sink the keys hold less than all of a row: `entropy`, `max` and the masses are of the keys' weights
+    as they are, `mean_distance` is normalised by the mass the keys hold.
 
     Args:
-        query_columns, key_columns: where all of the call's queries and keys lie in the (padded) sequence.
+        query_columns, key_columns: where all of the call's queries and keys lie in the (padded) sequence; rising.
         first_key: column of each row's first attended token; where no key of the call has it (it left a sliding
             cache), `sink_mass` is 0.
         valid_queries: for all of the call's queries, False at padding; None if every query counts.
         queries: which of the call's queries, as in `score_rows`; None for all. The result has these, in this order.
         spans: keys that belong to each named span; always computed.
+        pairs: for all of the call's queries, the columns of the keys whose mass is wanted, no key twice; -1 for none.
+            Columns that no key of the call has hold nothing. Always computed.
         rows: gives the scores of some queries in place of `score_rows` (edited scores); they are overwritten.
-        budget_bytes: size of one chunk of scores; about four such buffers exist at a time.
+        budget_bytes: size of one chunk of scores where they are swept; about four such buffers exist at a time.
 
     Raises:
-        InputError: a statistic that does not exist, or columns, spans or rows that do not fit the call.
+        InputError: a statistic that does not exist, or columns, spans or pairs that do not fit the call.
         Refusal: rows that cannot be rebuilt, as in `score_rows`.
     """
     spans = spans or {}
@@ -91,93 +107,35 @@ def row_statistics(
         _require_shape("valid_queries", valid_queries, n_rows, n_queries)
     for name, keys in spans.items():
         _require_shape(f"span {name!r}", keys, n_rows, n_keys)
+    for name, columns in (pairs or {}).items():
+        _require_shape(f"pairs {name!r}", columns, n_rows, n_queries, columns.shape[-1])
 
-    call = in_row_precision(call)
     queries = torch.arange(n_queries, device=call.query.device) if queries is None else queries
-    marks = {f"span {name}": keys for name, keys in spans.items()}
+    chosen = {f"pairs {name}": _keys_at(columns, key_columns) for name, columns in (pairs or {}).items()}
     if "sink_mass" in wanted:
-        marks["sink_mass"] = key_columns == first_key.unsqueeze(-1)
-    shape = (n_rows, call.n_heads if heads is None else len(heads), queries.shape[-1])
-    # What outlives a chunk is allocated beforehand: between the chunks' buffers it would keep the heap from shrinking.
-    found = {
-        name: torch.empty(shape, dtype=_dtype(name, call.query), device=call.query.device)
-        for name in wanted | set(marks)
-    }
-    start = 0
+        chosen["sink_mass"] = _keys_at(first_key.view(-1, 1, 1), key_columns)
+    marks = {f"span {name}": keys for name, keys in spans.items()}
+    question = Question(heads, queries, wanted - {"sink_mass"}, marks, chosen, query_columns, key_columns)
     with torch.no_grad():
-        for chunk in row_chunks(call, heads, queries, budget_bytes):
-            n_seen = n_keys if rows else last_visible_key(call, chunk) + 1
-            narrow = replace(call, key=call.key[:, :, :n_seen], value=call.value[:, :, :n_seen])
-            scored = rows(chunk) if rows else score_rows(narrow, heads, chunk)
-            chunk_marks = {name: keys[:, :n_seen] for name, keys in marks.items()}
-            measured = _measure(scored, query_columns[chunk], key_columns[:n_seen], chunk_marks, wanted)
-            for name, values in measured.items():
-                found[name][:, :, start : start + chunk.shape[-1]] = values
-            start += chunk.shape[-1]
+        if rows is None and flash_can(call, wanted | set(marks) | set(chosen)):
+            found = from_kernel(call, question, budget_bytes)
+        else:
+            found = swept(call, question, rows, budget_bytes)
     if valid_queries is not None:
         valid = valid_queries[:, queries] if queries.ndim == 1 else valid_queries.gather(1, queries)
         for name, values in found.items():
-            values.masked_fill_(~valid.unsqueeze(1), _blank(name))
+            values.masked_fill_(~valid.unsqueeze(1), no_value(name))
     return RowStatistics(
         **{name: found.get(name) for name in STATISTICS},
         span_mass={name: found[f"span {name}"] for name in spans},
+        pair_mass={name: found[f"pairs {name}"] for name in pairs or {}},
     )
 
 
-def _measure(
-    rows: ScoreRows,
-    query_columns: Int[Tensor, "*batch query"],
-    key_columns: Int[Tensor, " key"],
-    marks: Mapping[str, Bool[Tensor, "batch key"]],
-    wanted: frozenset[str],
-) -> dict[str, Float[Tensor, "batch head query"]]:
-    """Statistics of one chunk; overwrites its scores.
-
-    Works on k = softmax over the keys alone: p = a k, with a the share that a learned sink leaves to the keys.
-    """
-    found: dict[str, Tensor] = {}
-    top = rows.scores.amax(-1, keepdim=True)
-    blind = (top == -torch.inf).squeeze(-1)
-    if "top1" in wanted:
-        found["top1"] = key_columns[rows.scores.argmax(-1)]
-    # The floor has weight exp(-1e4) = 0 and, unlike -inf, a product of 0 with it.
-    centred = rows.scores.sub_(top.masked_fill(blind.unsqueeze(-1), 0.0)).clamp_(min=-1e4)
-    keys = centred.softmax(-1)
-    largest = keys.amax(-1)  # 1 / sum_j exp(centred_j), because the largest centred score is 0
-    if rows.sink is None:
-        share, sink_weight = torch.ones_like(largest), torch.zeros_like(largest)
-    else:
-        ahead = top.squeeze(-1) - largest.log() - rows.sink
-        share, sink_weight = torch.sigmoid(ahead), torch.sigmoid(-ahead)
-    if "max" in wanted:
-        found["max"] = share * largest
-    if "learned_sink" in wanted:
-        found["learned_sink"] = sink_weight
-    if "entropy" in wanted:
-        of_keys = -largest.log() - torch.linalg.vecdot(keys, centred)
-        found["entropy"] = (share * of_keys + torch.special.entr(share)).clamp(min=0.0)
-    if "mean_distance" in wanted:
-        # In fp32 a sum over thousands of columns would be off by more than 1e-4 tokens.
-        columns = key_columns.to(_distance_dtype(keys))
-        moment, mass = (keys.to(columns.dtype) @ torch.stack([columns, torch.ones_like(columns)], dim=-1)).unbind(-1)
-        found["mean_distance"] = query_columns.unsqueeze(-2) - moment / mass
-    if marks:
-        grid = torch.stack(list(marks.values()), dim=-1).to(keys.dtype)
-        masses = (keys.flatten(1, 2) @ grid).reshape(*share.shape, -1) * share.unsqueeze(-1)
-        found |= dict(zip(marks, masses.unbind(-1), strict=True))
-    return {name: values.masked_fill(blind, _blank(name)) for name, values in found.items()}
-
-
-def _blank(name: str) -> float:
-    return -1 if name == "top1" else torch.nan
-
-
-def _distance_dtype(like: Tensor) -> torch.dtype:
-    return torch.float32 if like.device.type == "mps" else torch.float64  # mps has no fp64
-
-
-def _dtype(name: str, rows: Tensor) -> torch.dtype:
-    return {"top1": torch.long, "mean_distance": _distance_dtype(rows)}.get(name, rows.dtype)
+def _keys_at(columns: Int[Tensor, "*shape"], key_columns: Int[Tensor, " key"]) -> Int[Tensor, "*shape"]:
+    """The call's key that lies at each column; -1 where none does."""
+    place = torch.searchsorted(key_columns, columns.contiguous()).clamp(max=len(key_columns) - 1)
+    return place.where(key_columns[place] == columns, -1)
 
 
 def _require_shape(name: str, given: Tensor, *expected: int) -> None:

@@ -43,7 +43,6 @@ def head_weights(projection: nn.Module, site: Site) -> Float[Tensor, "head head_
     through the module (quantised, wrapped or offloaded projections).
     """
     width = site.n_heads * site.head_dim
-    columns = torch.arange(width) if site.columns is None else site.columns.reshape(-1)
     weight = getattr(projection, "weight", None)
     # By identity: a LoRA layer is called Linear, too, and its weight is only the frozen part of what it does.
     ordinary = type(projection) in (nn.Linear, Conv1D) and isinstance(weight, nn.Parameter)
@@ -60,7 +59,9 @@ def head_weights(projection: nn.Module, site: Site) -> Float[Tensor, "head head_
         matrix = weight if type(projection) is Conv1D else weight.T
     else:
         matrix = _measured(projection, width)
-    return matrix[columns.to(matrix.device)].reshape(site.n_heads, site.head_dim, -1)
+    # Where heads lie side by side this is a view: a copy of every projection is felt beside one forward.
+    matrix = matrix[:width] if site.columns is None else matrix[site.columns.reshape(-1).to(matrix.device)]
+    return matrix.reshape(site.n_heads, site.head_dim, -1)
 
 
 def write_of(

@@ -7,7 +7,7 @@ and queries' z is replaced by rows times values; everything else keeps the kerne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from headwise.errors import Refusal
+from headwise.errors import InputError, Refusal
 from headwise.model.attention.calls import AttentionCall
 from headwise.model.attention.rows import (
     PatternRows,
@@ -27,7 +27,7 @@ from headwise.model.attention.rows import (
     score_rows,
     visible,
 )
-from headwise.model.attention.statistics import row_statistics
+from headwise.model.attention.statistics import STATISTICS, RowStatistics, row_statistics
 from headwise.model.positions import Window
 from headwise.model.running import valuework
 from headwise.model.running.plan import Operations, Placed
@@ -210,9 +210,11 @@ def on_columns(rows: Tensor, window: Window | None, blank: float = 0.0) -> Tenso
 
 
 def _read_statistics(call: AttentionCall, placed: Placed, edits: Sequence[Placed], stage: Stage) -> None:
-    if any(edit.edit.variable == "pattern" and set(edit.heads) & set(placed.heads) for edit in edits):
+    pattern_edited = _any_on(placed, [edit for edit in edits if edit.edit.variable == "pattern"])
+    if pattern_edited and (placed.read.wanted or placed.read.spans):
         raise Refusal(
-            f"{stage.id.label}: statistics of heads whose pattern is edited are not kept; read.rows gives them"
+            f"{stage.id.label}: statistics of heads whose pattern is edited are not kept, but for pairs; "
+            "read.rows gives them"
         )
     window = stage.window
     queries = _queries(placed, call, stage)
@@ -226,15 +228,24 @@ def _read_statistics(call: AttentionCall, placed: Placed, edits: Sequence[Placed
         first_key, valid, spans = torch.zeros(n_rows, dtype=torch.long, device=device), None, {}
         if placed.read.spans:
             raise Refusal(f"spans cannot be placed at {stage.id.label}, whose tower lays its tokens out in its own way")
+        if placed.read.pairs:
+            raise Refusal(f"pairs cannot be placed at {stage.id.label}, whose tower lays its tokens out in its own way")
     else:
         query_columns = torch.arange(window.start, window.start + n_queries, device=device)
         key_columns = torch.arange(window.offset, window.offset + n_keys, device=device)
         # Cross-attention may read a sequence whose columns have no names; then only what hangs on them is refused.
         of_columns = {"sink_mass", "top1", "mean_distance"} if window.joined else {"sink_mass"}
-        named = of_columns & placed.read.wanted or placed.read.spans
+        named = of_columns & placed.read.wanted or placed.read.spans or placed.read.pairs
         first_key = window.key_frame.first if named else torch.zeros(n_rows, dtype=torch.long, device=device)
         valid = window.queries(window.frame.attended)
         spans = {name: window.keys(window.key_frame.span(name)) for name in placed.read.spans}
+    pairs = _pairs(placed, query_columns, n_rows, stage)
+    if pattern_edited:
+        masses = _edited_pair_masses(call, placed, edits, stage, queries, pairs, valid)
+        statistics = RowStatistics(**dict.fromkeys(STATISTICS), span_mass={}, pair_mass=masses)
+        placed.met(n_rows * queries.shape[-1])
+        valuework.store(placed, stage, statistics, 0 if window is None else window.start)
+        return
     statistics = row_statistics(
         call,
         heads=torch.tensor(placed.heads, device=device),
@@ -244,11 +255,61 @@ def _read_statistics(call: AttentionCall, placed: Placed, edits: Sequence[Placed
         first_key=first_key,
         valid_queries=valid,
         spans={name: keys for name, keys in spans.items() if keys is not None},
+        pairs=pairs,
         wanted=placed.read.wanted,
-        rows=lambda chunk: edited_rows(call, placed.heads, chunk, edits, stage)[0],
+        rows=partial(_edited_scores, call, placed, edits, stage) if _any_on(placed, edits) else None,
     )
     placed.met(n_rows * queries.shape[-1])
     valuework.store(placed, stage, statistics, 0 if window is None else window.start)
+
+
+def _pairs(placed: Placed, query_columns: Int[Tensor, " query"], n_rows: int, stage: Stage) -> dict[str, Tensor]:
+    """The key columns that a read names for each of this call's queries."""
+    found = {}
+    for name, columns in placed.read.pairs.items():
+        last = int(query_columns[-1])
+        if len(columns) != n_rows or columns.shape[1] <= last:
+            raise InputError(
+                f"read.statistics at {stage.id.label}: pairs {name!r} are for {columns.shape[0]} rows of "
+                f"{columns.shape[1]} columns, and here are {n_rows} rows up to column {last}; give every column of "
+                "every row its keys, or -1"
+            )
+        found[name] = columns.to(query_columns.device)[:, query_columns]
+    return found
+
+
+def _edited_pair_masses(
+    call: AttentionCall,
+    placed: Placed,
+    edits: Sequence[Placed],
+    stage: Stage,
+    queries: Tensor,
+    pairs: Mapping[str, Int[Tensor, "batch query slot"]],
+    valid: Bool[Tensor, "batch query"] | None,
+) -> dict[str, Tensor]:
+    """`RowStatistics.pair_mass` of heads whose pattern is edited: read off the edited rows, a chunk at a time."""
+    first, n_keys = 0 if stage.window is None else stage.window.offset, call.key.shape[2]
+    pieces: dict[str, list[Tensor]] = {name: [] for name in pairs}
+    for chunk in row_chunks(call, torch.tensor(placed.heads), queries):
+        weights = edited_rows(call, placed.heads, chunk, edits, stage)[1].weights
+        for name, columns in pairs.items():
+            keys = torch.stack([_at(slot, chunk) for slot in columns.unbind(-1)], dim=-1) - first
+            inside = (keys >= 0) & (keys < n_keys)
+            index = keys.where(inside, 0).unsqueeze(1).expand(-1, weights.shape[1], -1, -1)
+            mass = (weights.gather(-1, index) * inside.unsqueeze(1)).sum(-1)
+            alive = torch.ones_like(inside[:, :, 0]) if valid is None else _at(valid, chunk)
+            pieces[name].append(mass.masked_fill(~alive.unsqueeze(1), torch.nan))
+    return {name: torch.cat(parts, dim=-1) for name, parts in pieces.items()}
+
+
+def _any_on(placed: Placed, edits: Sequence[Placed]) -> bool:
+    return any(set(edit.heads) & set(placed.heads) for edit in edits)
+
+
+def _edited_scores(
+    call: AttentionCall, placed: Placed, edits: Sequence[Placed], stage: Stage, queries: Tensor
+) -> ScoreRows:
+    return edited_rows(call, placed.heads, queries, edits, stage)[0]
 
 
 def _queries(placed: Placed, call: AttentionCall, stage: Stage) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
-class SharedLayer(DynamicLayer):
+class SharedLayer(DynamicLayer):  # type: ignore[misc, unused-ignore]  # transformers is not typed everywhere
     """Keys and values of `[row, head, column, dim]` that every copy of the rows has in front of its own."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -30,7 +30,7 @@ class SharedLayer(DynamicLayer):
 
 def can_be_shared(cache: Any) -> bool:
     """Whether every layer of a cache holds all columns, each where it belongs."""
-    layers = getattr(cache, "layers", None)
+    layers = getattr(cache, "layers", None) or []
     return bool(layers) and all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers)
 
 
@@ -48,5 +48,5 @@ def _behind(
     copies = len(new) // rows
     joined = torch.empty(copies, rows, heads, columns + new.shape[2], width, dtype=new.dtype, device=new.device)
     joined[..., :columns, :] = shared
-    joined[..., columns:, :] = new.unflatten(0, (copies, rows))
+    joined[..., columns:, :] = new.reshape(copies, rows, *new.shape[1:])
     return joined.flatten(0, 1)
