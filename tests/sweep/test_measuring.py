@@ -94,6 +94,7 @@ def test_sets_run_from_their_first_block() -> None:
     rows = len(items())
     assert [(block, n) for block, n, _ in seen.given] == [
         *((block, rows) for block in range(4)),  # the clean run
+        (3, rows),  # its last block again, as it will be run
         *((2, rows), (3, rows)),  # the set that begins in block 2
         (3, 2 * rows),  # those that begin in the last
     ]
@@ -176,6 +177,101 @@ def test_a_model_that_is_run_whole_says_so_once(caplog: pytest.LogCaptureFixture
             found = measure_sets(model, given, sets, KnockOut(), "cosine-to-clean")
     torch.testing.assert_close(found[0], torch.ones(3).double(), rtol=0, atol=1e-5)
     assert caplog.text.count("knock-outs take whole forwards, because its blocks do not run once each") == 1
+
+
+def changed_block(model: hw.AttachedModel, layer: int) -> nn.Module:
+    return model.model.model.layers[layer]  # type: ignore[union-attr, operator, index, return-value]
+
+
+def with_hook_on_a_block(model: hw.AttachedModel) -> None:
+    changed_block(model, 1).register_forward_hook(lambda module, args, output: output + 0.3)
+
+
+def with_hook_on_a_projection(model: hw.AttachedModel) -> None:
+    changed_block(model, 2).self_attn.o_proj.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))  # type: ignore[union-attr]
+
+
+def with_hook_behind_a_projection(model: hw.AttachedModel) -> None:
+    changed_block(model, 2).self_attn.o_proj.register_forward_hook(lambda module, args, output: output * 0.5)  # type: ignore[union-attr]
+
+
+def with_an_adapter_beside_attention(model: hw.AttachedModel) -> None:
+    attention = changed_block(model, 1).self_attn
+    attention.register_forward_hook(lambda module, args, output: (output[0] * 1.5, *output[1:]))  # type: ignore[union-attr]
+
+
+def with_another_forward_of_attention(model: hw.AttachedModel) -> None:
+    attention = changed_block(model, 1).self_attn
+    own = attention.forward
+    attention.forward = lambda *args, **kwargs: (own(*args, **kwargs)[0] * 1.5, None)  # type: ignore[union-attr, method-assign]
+
+
+def with_columns_mixed_in_the_last_block(model: hw.AttachedModel) -> None:
+    changed_block(model, 3).mlp.register_forward_hook(lambda module, args, output: output + output.roll(1, 1))  # type: ignore[union-attr]
+
+
+def with_columns_mixed_behind_the_blocks(model: hw.AttachedModel) -> None:
+    norm = model.model.model.norm  # type: ignore[union-attr]
+    norm.register_forward_pre_hook(lambda module, args: (args[0] + args[0].roll(1, 1),))  # type: ignore[union-attr, operator]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_hook_on_a_block,
+        with_hook_on_a_projection,
+        with_hook_behind_a_projection,
+        with_an_adapter_beside_attention,
+        with_another_forward_of_attention,
+        with_columns_mixed_in_the_last_block,
+        with_columns_mixed_behind_the_blocks,
+    ],
+)
+def test_what_is_put_on_behind_the_first_map_counts_once(change: Any) -> None:
+    """The course was measured without it."""
+    organism = planted("llama-gqa", layers=4, heads=4, circuits=("induction",), seed=0)
+    with hw.attach(organism.model.double(), organism.tokenizer, example=organism.example) as model:
+        before = measure_sets(model, items(), every_head(model), KnockOut())
+        change(model)
+        for how in (KnockOut(), KnockOut("zero", "last")):
+            found = measure_sets(model, items(), every_head(model), how)
+            torch.testing.assert_close(found, one_by_one(model, items(), how, items().metric), rtol=0, atol=1e-10)
+        assert (measure_sets(model, items(), every_head(model), KnockOut()) - before).abs().max() > 1e-3
+
+
+def test_lowered_edits_count_once() -> None:
+    model = small()
+    measure_sets(model, items(), every_head(model), KnockOut())
+    with model.lowered("L0,L1,L2") as lowered:
+        lowered.set(hw.edit.scale("L0,L1,L2", 0.5))
+        found = measure_sets(model, items(), every_head(model), KnockOut())
+        expected = one_by_one(model, items(), KnockOut(), items().metric)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", ["zero", "uniform"])
+def test_a_share_is_as_exact_as_the_whole(mode: str) -> None:
+    how = KnockOut(mode, strength=0.3)  # type: ignore[arg-type]
+    found = measure_sets(small(), items(), every_head(small()), how)
+    torch.testing.assert_close(found, one_by_one(small(), items(), how, items().metric), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.5, "half", True, float("nan")])
+def test_a_strength_that_is_no_share_is_an_error(strength: Any) -> None:
+    for kind in (KnockOut, Patch):
+        with pytest.raises(InputError, match="is a share"):
+            kind(strength=strength)
+
+
+def test_what_are_no_sets_is_an_error() -> None:
+    for given in ("L0H1", [None], ["L0H1"]):
+        with pytest.raises(InputError, match="takes a list of head sets"):
+            measure_sets(small(), items(), given, KnockOut())  # type: ignore[arg-type]
+
+
+def test_a_patch_has_no_columns_in_what_is_generated() -> None:
+    with pytest.raises(Refusal, match="a twin has no columns"):
+        measure_sets(small(), encode(probe("repeat"), small().tokenizer, n=2), every_head(small()), Patch(), "refusal")
 
 
 def test_under_a_plan_of_the_users_own_runs_are_whole() -> None:

@@ -16,7 +16,7 @@ from headwise.heads import HeadSet, SiteId
 from headwise.metrics import Metric, metric
 from headwise.probes import ItemSet, encode, probe
 from headwise.scores import HeadScores, Provenance
-from headwise.sweep import KnockOut, matched_sets, measure_sets
+from headwise.sweep import KnockOut, Patch, matched_sets, measure_sets
 from headwise.sweep.knockout import reference_of
 from headwise.verify import gather, judge, racing
 from headwise.verify.racing import Race, race
@@ -255,3 +255,22 @@ def test_items_without_answers_need_a_screen_of_their_own() -> None:
     silent = replace(items(), items=tuple(replace(each, answer=()) for each in items().items))
     with pytest.raises(Refusal, match="cannot be screened by gate-gradient"):
         racing._screened(model(), silent)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_scope_that_only_some_items_have_is_no_matter_of_the_order(seed: int) -> None:
+    """One answer in three has a second token; the first items of an order may have none."""
+    given = encode(probe("text"), model().tokenizer, n=12)
+    mixed = tuple(
+        replace(each, answer=each.answer[: 2 if place % 3 == 0 else 1]) for place, each in enumerate(given.items)
+    )
+    found = race(model(), replace(given, items=mixed), k=1, knock_out=KnockOut("zero", "decode"), seed=seed)
+    assert len(found.kept) == 1
+    short = tuple(replace(each, answer=each.answer[:1]) for each in given.items)
+    with pytest.raises(Refusal, match="scope 'decode' has no position in any of the 12 items"):
+        race(model(), replace(given, items=short), k=1, knock_out=KnockOut("zero", "decode"), seed=seed)
+
+
+def test_a_race_takes_no_patch() -> None:
+    with pytest.raises(InputError, match="takes a KnockOut, not a Patch"):
+        race(model(), items(), k=3, knock_out=Patch())  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ from headwise.metrics import Metric, metric
 from headwise.model import read
 from headwise.model.attached import AttachedModel
 from headwise.model.direct import plain_matrix, through_matrix, unembedding_of
-from headwise.model.running.resuming import Course, Kept, Start, course_of, keeping, resumed
+from headwise.model.running.resuming import Course, Kept, Start, course_of, keeping, occupied, resumed
 from headwise.probes.batch import Batch
 from headwise.probes.encoding import ItemSet
 from headwise.probes.outcome import observe, refuse_two_sided
@@ -129,13 +129,13 @@ class _End:
 def _end_of(model: AttachedModel) -> _End | None:
     """None where the last block has to be run whole."""
     course = course_of(model)
-    if course.tail is None:
+    if course.tail is None or occupied(model, course):
         return None
     kept = _KEPT.get(model)
     if kept is None:
         with torch.no_grad(), keeping(model, course, ()) as seen:
             model(**model.example)
-        kept = _KEPT[model] = Kept(forms=seen.forms, stream=seen.stream)
+        kept = _KEPT[model] = Kept(forms=seen.forms, stream=seen.stream, answered=seen.answered)
     return _End(model, course, kept)
 
 

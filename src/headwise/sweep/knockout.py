@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -57,7 +58,8 @@ class KnockOut:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise InputError(f"no knock-out mode {self.mode!r}; choose from {', '.join(MODES)}")
-        if self.needs_reference and self.reference is None:
+        _require_share(self.strength)
+        if self.needs_reference and not isinstance(self.reference, Reference):
             raise InputError(f"mode {self.mode!r} needs a reference set; make one with headwise.sweep.reference_of")
 
     @property
@@ -89,6 +91,14 @@ class Patch:
 
     scope: str = "all"
     strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_share(self.strength)
+
+
+def _require_share(strength: float) -> None:
+    if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 <= strength <= 1:
+        raise InputError(f"strength={strength!r} is a share; give a number from 0 (nothing happens) to 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +222,7 @@ class _Strength:
 
 def _taken(sets: Sequence[HeadSet], union: HeadSet, site: SiteId, rows: int) -> Float[Tensor, "row head"]:
     columns = {index: column for column, index in enumerate(union.at(site))}
-    taken = torch.zeros(len(sets), len(columns))
+    taken = torch.zeros(len(sets), len(columns), dtype=torch.float64)
     for row, heads in enumerate(sets):
         for index in heads.at(site):
             taken[row, columns[index]] = 1

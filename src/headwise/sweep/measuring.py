@@ -25,7 +25,7 @@ from headwise.heads import HeadSet, SiteId
 from headwise.metrics import Metric, metric
 from headwise.model import read
 from headwise.model.attached import AttachedModel
-from headwise.model.running.resuming import Course, Kept, Start, course_of, keeping, resumed, same_logits
+from headwise.model.running.resuming import Course, Kept, Start, course_of, keeping, occupied, resumed, same_logits
 from headwise.model.running.shared_cache import can_be_shared, shared_cache
 from headwise.probes.batch import Batch, pad
 from headwise.probes.encoding import EncodedItem, ItemSet
@@ -69,12 +69,37 @@ def measure_sets(
             position in the scope (nothing would be taken out, and every effect would be 0), or an item does not fit
             into memory by itself.
     """
+    values, positions = measure_at(model, items, sets, knock_out, measured, tokens=tokens)
+    if not positions and any(sets):
+        raise Refusal(nothing_in_scope(items, knock_out.scope))
+    return values
+
+
+def measure_at(
+    model: AttachedModel,
+    items: ItemSet,
+    sets: Sequence[HeadSet],
+    knock_out: KnockOut | Patch,
+    measured: str | Metric | None = None,
+    *,
+    tokens: int | None = None,
+) -> tuple[Float[Tensor, "set item"], int]:
+    """As `measure_sets`, with the number of positions at which heads were edited, which may be 0.
+
+    For a part of items that are judged together, of which some have no position in the scope.
+    """
+    if isinstance(sets, str) or not all(isinstance(each, HeadSet) for each in sets):
+        raise InputError("measure_sets takes a list of head sets; write [HeadSet.parse('L0H1'), ...]")
     if not items.items or not sets:
         raise InputError(f"measure_sets needs items and sets of heads; got {len(items)} items and {len(sets)} sets")
     chosen = measured if isinstance(measured, Metric) else metric(items.metric if measured is None else measured)
     checked = [model.heads(each) if each else HeadSet() for each in sets]
     if isinstance(knock_out, Patch):
         _require_twins(items)
+        if "generation" in chosen.needs:
+            raise Refusal(
+                f"{chosen.id} is of what is generated, where a twin has no columns; use a metric of the logits"
+            )
     budget = _budget(items, tokens, model.device)
     course = _course(model, chosen, checked, knock_out.scope)
     values = torch.full((len(sets), len(items)), torch.nan, dtype=torch.float64)
@@ -84,9 +109,7 @@ def measure_sets(
         found, met = chunk.measured(checked)
         values[:, of_items] = found
         positions += met
-    if any(checked) and not positions:
-        raise Refusal(_nothing_in_scope(items, knock_out.scope))
-    return values
+    return values, positions
 
 
 def _require_twins(items: ItemSet) -> None:
@@ -105,7 +128,7 @@ def tokens_of(device: torch.device | str) -> int:
 
 def _budget(items: ItemSet, tokens: int | None, device: torch.device) -> int:
     longest = max(len(each.prompt) + len(each.answer) for each in items)
-    if tokens is not None and tokens < longest:
+    if tokens is not None and not tokens >= longest:
         raise InputError(
             f"tokens={tokens} does not hold the longest item of {items.probe}, which has {longest} tokens; "
             "give at least as many, or shorter settings of the probe"
@@ -119,10 +142,14 @@ def _course(model: AttachedModel, chosen: Metric, sets: Sequence[HeadSet], scope
     if model.planned or len(chosen.wants) > 1 or "generation" in chosen.wants or not any(sets):
         return WHOLE
     course = course_of(model)
-    if not course.blocks:
-        _say_once(model, f"knock-outs take whole forwards, because {course.reason}")
-        return course
     edited = [heads for heads in sets if heads]
+    astray = sorted({site for heads in edited for site in heads.sites} - course.place.keys())
+    why = course.reason or occupied(model, course)
+    if not why and astray:
+        why = f"{astray[0].label} lies in none of its blocks"
+    if why:
+        _say_once(model, f"knock-outs take whole forwards, because {why}")
+        return WHOLE
     # In the block where a run begins its attention is saved, and in the last one most columns: together about a block.
     besides = 1 if course.tail is not None and chosen.wants == {"logits"} else 0
     saved = sum(first_block(course, heads) + besides for heads in edited) / len(course.blocks)
@@ -140,7 +167,7 @@ def _say_once(model: AttachedModel, what: str) -> None:
 
 def first_block(course: Course, heads: HeadSet) -> int:
     """The first block that a knock-out of `heads` changes."""
-    return min(course.place.get(site, 0) for site in heads.sites)
+    return min(course.place[site] for site in heads.sites)
 
 
 def _chunks(items: ItemSet, budget: int) -> Iterator[tuple[list[int], tuple[EncodedItem, ...]]]:
@@ -235,6 +262,12 @@ class _Chunk:
         column = self._first_column(single)
         with keeping(self.model, self.course, sites) as kept:
             clean = observe(self.model, single, wants=self.metric.wants, cached=column > 0)
+        self._require_numbers(clean)
+        if not self._same_at_the_end(kept, clean):
+            _say_once(
+                self.model, "knock-outs take whole forwards, because its last block does not run as it was measured"
+            )
+            return clean, None, None
         past = Past(clean.cache, column) if column and can_be_shared(clean.cache) else None
         if past is not None and not self._same_behind(past, clean):
             past = None
@@ -264,13 +297,33 @@ class _Chunk:
             return min([wanted, *columns])
         return wanted if scope in ("last", "decode") else 0
 
+    def _require_numbers(self, clean: Outcome) -> None:
+        if clean.logits is not None and bool(clean.logits[clean.predicting].isnan().any()):
+            raise Refusal(
+                f"the logits of {self.model.name} are not numbers (NaN) without a knock-out; check its weights, or "
+                "load it with dtype='float32'"
+            )
+
+    def _same_at_the_end(self, kept: Kept, clean: Outcome) -> bool:
+        """Whether the last block alone, run as it will be, gives the clean logits: something may have been put on it,
+        or behind it, since the model was measured."""
+        if clean.logits is None:
+            return True
+        start = Start(len(self.course.blocks) - 1, 1, last=clean.logits.shape[1])
+        with resumed(self.model, self.course, kept, start):
+            again = observe(self.model, clean.batch, wants=self.metric.wants)
+        assert again.logits is not None
+        seen = clean.predicting
+        return same_logits(again.logits[seen], clean.logits[seen], self.model.dtype)
+
     def _same_behind(self, past: Past, clean: Outcome) -> bool:
         """Whether a run behind the cache gives what the whole one gave."""
         begun = Past(shared_cache(past.cache, past.column), past.column)
         again = observe(self.model, clean.batch, wants=self.metric.wants, past=begun)
         assert again.logits is not None
         assert clean.logits is not None
-        return same_logits(again.logits, clean.logits, self.model.dtype)
+        seen = clean.predicting
+        return same_logits(again.logits[seen], clean.logits[seen], self.model.dtype)
 
     def _under(self, sets: Sequence[HeadSet], before: _Before) -> tuple[Float[Tensor, "set item"], int]:
         """The metric under sets whose first block is the same, in one run, and at how many positions it edited."""
@@ -279,8 +332,9 @@ class _Chunk:
         edits = edits_of(self.knock_out, sets, rows, self.model.device, before.twins)
         refuse_spans_in_the_decoder(self.model, edits)
         kept, past = before.kept, before.past
-        start = self._start(sets, batch, past)
-        beginning = nullcontext() if kept is None else resumed(self.model, self.course, kept, start)
+        beginning = (
+            nullcontext() if kept is None else resumed(self.model, self.course, kept, self._start(sets, batch, past))
+        )
         begun = None if past is None else Past(shared_cache(past.cache, past.column), past.column)
         met = 0
         if not edits:
@@ -326,7 +380,7 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _nothing_in_scope(items: ItemSet, scope: str) -> str:
+def nothing_in_scope(items: ItemSet, scope: str) -> str:
     why = ""
     if scope == "decode" and all(len(each.answer) <= 1 for each in items):
         why = "; an answer of one token is predicted from the prompt alone"

@@ -29,6 +29,7 @@ from headwise.model.attached import AttachedModel
 from headwise.probes import ItemSet
 from headwise.scores import HeadScores
 from headwise.sweep import KnockOut, measure_sets
+from headwise.sweep.measuring import measure_at, nothing_in_scope
 from headwise.verify.chance import chance_of
 from headwise.verify.elimination import Standing, top_k
 from headwise.verify.evidence import Family
@@ -180,6 +181,8 @@ def race(
         Refusal: `resample`; the clean metric is not better than chance; the model cannot give what the metric needs, or
             what the screen needs; the metric gives no number.
     """
+    if not isinstance(knock_out, KnockOut):
+        raise InputError(f"a race takes a KnockOut, not a {type(knock_out).__name__}; patches have measure_sets")
     heads = every_head(model)
     _check(items, k, len(heads), error, epsilon, largest)
     if knock_out.mode == "resample":
@@ -193,9 +196,13 @@ def race(
     scores, screened = (screen, 0) if screen is not None else _screened(model, items)
     alone = [HeadSet((head,)) for head in heads.heads]
 
+    positions = 0
+
     def uncover(rows: Int[np.ndarray, " head"], columns: Int[np.ndarray, " item"]) -> Float[np.ndarray, "head item"]:
         part = replace(items, items=tuple(items.items[i] for i in columns))
-        values = measure_sets(model, part, [alone[i] for i in rows], knock_out, chosen).numpy()
+        nonlocal positions
+        found, met = measure_at(model, part, [alone[i] for i in rows], knock_out, chosen)
+        values, positions = found.numpy(), positions + met
         silent = np.isnan(values).any(axis=1)
         if silent.any():
             raise Refusal(
@@ -215,6 +222,8 @@ def race(
         largest=largest * reach,
         seed=seed,
     )
+    if not positions:
+        raise Refusal(nothing_in_scope(items, knock_out.scope))
     # Beside the knock-outs: the clean run, that of a chance level that is measured, and the screen.
     forwards = int(standing.spent.sum()) + 2 * len(items) + SCREEN_COST * screened
     return Race(

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 import headwise as hw
 from headwise.heads import Head, HeadSet
-from headwise.model.running.resuming import Course, Start, course_of, keeping, resumed, same_logits
+from headwise.model.running.resuming import Course, Start, course_of, keeping, occupied, resumed, same_logits
 from headwise.zoo.tiny import build_tiny, outside_registry, tiny_types
 
 ROWS = {row.name: row for row in (*tiny_types(), *outside_registry())}
 
 WHOLE = {
     "tiny-albert": "do not run once each",
-    "tiny-clip": "differs",  # it compares every row of one batch with every row of the other
-    "tiny-siglip": "differs",
+    "tiny-clip": "depend on the rows beside it",  # it compares every text of a batch with every picture
+    "tiny-siglip": "depend on the rows beside it",
     "tiny-llava": "cannot be run",  # its example does not double: pictures come in a list of their own
     "tiny-qwen3_vl": "cannot be run",
     "tiny-fsmt": "cannot be run",  # positions stand before rows
@@ -150,6 +150,26 @@ def test_everything_is_as_it_was_behind_an_error() -> None:
     assert not any("forward" in module.__dict__ for module in model.model.modules())
     with torch.no_grad():
         torch.testing.assert_close(logits(model(**model.example)), expected, rtol=0, atol=0)
+
+
+def test_a_model_whose_rows_hang_together_is_found_out() -> None:
+    organism = build_tiny(ROWS["tiny-llama"])
+    organism.model.model.norm.register_forward_hook(lambda module, args, output: output - 0.1 * output.mean((0, 1)))  # type: ignore[union-attr]
+    with hw.attach(organism.model, organism.tokenizer, example=organism.example) as model:
+        assert "depend on the rows beside it" in course_of(model).reason
+
+
+def test_hooks_on_blocks_and_compiled_models_are_in_the_way() -> None:
+    organism = build_tiny(ROWS["tiny-llama"])
+    with hw.attach(organism.model, organism.tokenizer, example=organism.example) as model:
+        course = course_of(model)
+        assert occupied(model, course) == ""
+        hook = organism.model.model.layers[1].register_forward_hook(lambda *_: None)  # type: ignore[union-attr]
+        assert "hooks are on its blocks" in occupied(model, course)
+        hook.remove()
+        assert occupied(model, course) == ""
+        organism.model.model.layers[0].compile(backend="eager")  # type: ignore[union-attr]
+        assert occupied(model, course) == "it is compiled"
 
 
 def test_a_block_that_looks_at_the_rows_is_found_out() -> None:

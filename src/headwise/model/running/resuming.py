@@ -16,6 +16,7 @@ probe forward in full and from every block (`course_of`).
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -63,11 +64,16 @@ class Course:
 
 @dataclass(eq=False)
 class Kept:
-    """What a clean run left: outputs of blocks, what entered output projections, and forms of attention's outputs."""
+    """What a clean run left: outputs of blocks, what entered output projections, and forms of attention's outputs.
+
+    `answered` are the sites whose module returned in this very run what it returned when the model was measured: an
+    adapter that was trained since, say, is no longer left out.
+    """
 
     outputs: dict[str, Any] = field(default_factory=dict)
     entering: dict[SiteId, Tensor] = field(default_factory=dict)
     forms: dict[SiteId, Any] = field(default_factory=dict)
+    answered: set[SiteId] = field(default_factory=set)
     stream: dict[str, int | str] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
 
@@ -92,14 +98,37 @@ class Start:
 
 
 _COURSES: WeakKeyDictionary[AttachedModel, Course] = WeakKeyDictionary()
+_MEASURING = threading.RLock()
 
 
 def course_of(model: AttachedModel) -> Course:
     """The course of a model, measured at the first call by runs of its probe forward; a plan must not be open."""
-    known = _COURSES.get(model)
-    if known is None:
-        known = _COURSES[model] = _measured(model)
-    return known
+    with _MEASURING:
+        known = _COURSES.get(model)
+        if known is None:
+            try:
+                known = _COURSES[model] = _measured(model)
+            except torch.OutOfMemoryError:  # of now: another time there may be more
+                return Course((), reason="memory ran out while it was tried whether runs can begin in the middle")
+        return known
+
+
+def occupied(model: AttachedModel, course: Course) -> str:
+    """Why a course that was measured cannot be taken now; empty where it can."""
+    blocks = [model.model.get_submodule(path) for path in course.blocks]
+    if any(block._forward_hooks or block._forward_pre_hooks for block in blocks) or _global_hooks():
+        return "hooks are on its blocks, and would act on what is handed on"
+    if any(
+        getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule"
+        for module in (*model.model.modules(), model.model)
+    ):
+        return "it is compiled"
+    return ""
+
+
+def _global_hooks() -> bool:
+    of_torch = torch.nn.modules.module
+    return bool(of_torch._global_forward_hooks or of_torch._global_forward_pre_hooks)
 
 
 @contextmanager
@@ -112,15 +141,14 @@ def keeping(model: AttachedModel, course: Course, sites: tuple[SiteId, ...]) -> 
             block = model.model.get_submodule(path)
             undo.callback(block.register_forward_pre_hook(_note_stream(kept, path), with_kwargs=True).remove)
             undo.callback(block.register_forward_hook(_note_output(kept, path)).remove)
-        for id in sites:
-            if id in course.answered:
-                site = model.table.site(id)
-                assert site.projection is not None
-                projection = model.model.get_submodule(site.projection)
-                undo.callback(projection.register_forward_pre_hook(_note_entering(kept, id)).remove)
         for id in course.answered.keys() & {*sites, course.tail}:
-            module = model.model.get_submodule(model.table.site(id).module)
-            undo.callback(module.register_forward_hook(_note_form(kept, id)).remove)
+            site = model.table.site(id)
+            projection, module = map(model.model.get_submodule, (str(site.projection), site.module))
+            note = _Answer(kept, id, course.answered[id])
+            # In front of other hooks: those run again on what stands in for this later.
+            undo.callback(projection.register_forward_pre_hook(note.entering, prepend=True).remove)
+            undo.callback(projection.register_forward_hook(note.written).remove)
+            undo.callback(module.register_forward_hook(note.returned, prepend=True).remove)
         yield kept
 
 
@@ -139,9 +167,10 @@ def resumed(model: AttachedModel, course: Course, kept: Kept, start: Start) -> I
             undo.enter_context(_answering(model, path, partial(_handed_on, kept.outputs[path], copies, start.column)))
         if start.block <= last:
             if start.at_z:
-                for site in _answerable(model, course, start.block):
+                for site in _answerable(model, course, kept, start.block):
                     undo.enter_context(_answered_from_z(model, course, site, kept, start))
-            if start.last is not None and course.tail is not None:
+            if start.last is not None and course.tail in kept.answered:
+                assert course.tail is not None
                 tail = model.table.site(course.tail)
                 undo.enter_context(_at_last_columns(model, course.blocks[last], tail, kept, start.last))
         yield
@@ -156,8 +185,8 @@ def _home(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def _answerable(model: AttachedModel, course: Course, block: int) -> list[Site]:
-    return [model.table.site(id) for id, place in course.place.items() if place == block and id in course.answered]
+def _answerable(model: AttachedModel, course: Course, kept: Kept, block: int) -> list[Site]:
+    return [model.table.site(id) for id, place in course.place.items() if place == block and id in kept.answered]
 
 
 # -- what is noted of the clean run -----------------------------------------------------------------------------------
@@ -182,19 +211,35 @@ def _note_output(kept: Kept, path: str) -> Callable[..., None]:
     return hook
 
 
-def _note_entering(kept: Kept, id: SiteId) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        kept.entering[id] = args[0]
+class _Answer:
+    """What a site's module returned in a run, and whether that was z, or the projection's write, as `form` says."""
 
-    return hook
+    def __init__(self, kept: Kept, id: SiteId, form: Returned) -> None:
+        self.kept, self.id, self.form = kept, id, form
+        self.z: Tensor | None = None
+        self.write: Tensor | None = None
+        self.output: Tensor | None = None
 
+    def entering(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.z = args[0]
+        if self.form == "z":
+            self._settle(self.output, self.z)
 
-def _note_form(kept: Kept, id: SiteId) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        tensor = first_tensor(output)
-        kept.forms[id] = None if tensor is None else with_first_tensor(output, tensor.new_empty(0))
+    def written(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.write = first_tensor(output)
 
-    return hook
+    def returned(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.output = first_tensor(output)
+        if self.output is not None:
+            self.kept.forms[self.id] = with_first_tensor(output, self.output.new_empty(0))
+        if self.form == "write":
+            self._settle(self.output, self.write)
+
+    def _settle(self, output: Tensor | None, expected: Tensor | None) -> None:
+        if output is not None and expected is not None and self.z is not None and torch.equal(output, expected):
+            self.kept.answered.add(self.id)
+            self.kept.entering[self.id] = self.z
+        self.z = self.write = self.output = None
 
 
 # -- what stands in for modules ---------------------------------------------------------------------------------------
@@ -320,6 +365,8 @@ def _measured(model: AttachedModel) -> Course:
     try:
         with quietly(model.model):
             return _measure(model)
+    except torch.OutOfMemoryError:
+        raise
     except (HeadwiseError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
         # Whatever in a model's code stands against beginning anywhere but at the start, the answer is to begin there.
         return Course((), reason=f"its blocks cannot be run from one in the middle ({one_line(error)})")
@@ -337,17 +384,40 @@ def _measure(model: AttachedModel) -> Course:
     course = _with_answers(model, course)
     with keeping(model, course, tuple(course.place)) as kept:
         plain = _logits(model(**model.example))
+    if not bool(plain.isfinite().any()):
+        return Course((), reason="its logits are not numbers")
     twice = {name: _twice(value) for name, value in model.example.items()}
     expected = torch.cat([plain, plain])
-    # Attention that goes by the number of rows, or hands on more than its block's output, shows itself here.
-    for block in range(len(course.blocks) + 1):
-        if not same_logits(_run_from(model, course, kept, Start(block, 2), twice), expected, model.dtype):
-            if not course.answered:
-                return Course((), reason=f"a run that begins at {course.blocks[min(block, len(paths) - 1)]} differs")
-            course = replace(course, answered={})
-            if not same_logits(_run_from(model, course, kept, Start(block, 2), twice), expected, model.dtype):
-                return Course((), reason=f"a run that begins at {course.blocks[min(block, len(paths) - 1)]} differs")
-    return _with_tail(model, course, kept, twice, expected)
+    doubled = _logits(model(**twice))
+    others = _logits(model(**_beside_others(model.example)))
+    exact = TOLERANCE.get(model.dtype, 1e-3) / 100
+    # What a row is beside other rows is what it is alone, to the rounding of products of another shape.
+    for found, wanted in ((doubled, expected), (others[: len(plain)], plain)):
+        if not same_logits(found, wanted, model.dtype):
+            return Course((), reason="a row's logits depend on the rows beside it")
+    rounding = exact + 4 * max(difference(doubled, expected), difference(others[: len(plain)], plain))
+    for answered in (course.answered, {}):
+        course = replace(course, answered=answered)
+        kept.answered &= answered.keys()
+        differs = None
+        for block in range(len(course.blocks) + 1):
+            once = _run_from(model, course, kept, Start(block, 1), model.example)
+            again = _run_from(model, course, kept, Start(block, 2), twice)
+            if difference(once, plain) > exact or difference(again, expected) > rounding:
+                differs = course.blocks[min(block, len(course.blocks) - 1)]
+                break
+        if differs is None:
+            return _with_tail(model, course, kept, twice, expected)
+    return Course((), reason=f"a run that begins at {differs} differs")
+
+
+def _beside_others(example: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows of the example, and under them the same with their tokens in reverse."""
+    beside = {}
+    for name, value in example.items():
+        tokens = isinstance(value, Tensor) and name in ("input_ids", "decoder_input_ids")
+        beside[name] = torch.cat([value, value.flip(1)]) if tokens else _twice(value)
+    return beside
 
 
 def _with_sites(model: AttachedModel, course: Course) -> Course:
@@ -411,6 +481,8 @@ def _with_tail(model: AttachedModel, course: Course, kept: Kept, twice: dict[str
     for block in sorted({0, last}):
         try:
             found = _run_from(model, with_tail, kept, Start(block, 2, last=1), twice)
+        except torch.OutOfMemoryError:
+            raise
         except (HeadwiseError, RuntimeError, TypeError, ValueError, IndexError):
             return course
         if not same_logits(found[:, -1:], expected[:, -1:], model.dtype):
@@ -437,9 +509,15 @@ def _twice(value: Any) -> Any:
 
 def same_logits(found: Tensor, expected: Tensor, computed_in: torch.dtype) -> bool:
     """Whether two runs gave the same, but for the rounding of the precision that they were computed in."""
-    if found.shape != expected.shape:
-        return False
+    return difference(found, expected) <= TOLERANCE.get(computed_in, 1e-3)
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, as a share of the largest of what was expected; infinite where that cannot be said."""
+    finite = expected[expected.isfinite()]
+    if found.shape != expected.shape or not len(finite):
+        return torch.inf
     # Where logits are ruled out with -inf both are.
-    apart = (found - expected).masked_fill(found == expected, 0.0).abs()
-    size = expected[expected.isfinite()].abs().max()
-    return bool(apart.max() <= TOLERANCE.get(computed_in, 1e-3) * size)
+    apart = (found - expected).masked_fill(found == expected, 0.0).abs().max()
+    share = float(apart / finite.abs().max().clamp(min=torch.finfo(expected.dtype).tiny))
+    return torch.inf if share != share else share
