@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import total_ordering
+from functools import cached_property, total_ordering
 from itertools import groupby
 from operator import index as as_index
 from typing import Any, ClassVar, Literal, Self
@@ -242,7 +242,15 @@ class HeadSet:
 
     def at(self, site: SiteId) -> tuple[int, ...]:
         """The indices at one site, ascending; empty where the set has none there."""
-        return tuple(member.index for member in self.members if member.site == site)
+        return self._by_site.get(site, ())
+
+    @cached_property
+    def _by_site(self) -> dict[SiteId, tuple[int, ...]]:
+        """Looked up by every site of a model for every plan, so that comparing all members each time is felt."""
+        indices: dict[SiteId, list[int]] = {}
+        for member in self.members:
+            indices.setdefault(member.site, []).append(member.index)
+        return {site: tuple(listed) for site, listed in indices.items()}
 
     def filter(self, predicate: Callable[[Head | KVGroup], bool]) -> HeadSet:
         return HeadSet(tuple(member for member in self.members if predicate(member)), self.kind)

@@ -18,6 +18,7 @@ from headwise.probes import ItemSet, encode, probe
 from headwise.scores import HeadScores, Provenance
 from headwise.sweep import KnockOut, Patch, matched_sets, measure_sets
 from headwise.sweep.knockout import reference_of
+from headwise.sweep.measuring import measure_at
 from headwise.verify import gather, judge, racing
 from headwise.verify.racing import Race, race
 from headwise.verify.verifying import unseen_items
@@ -90,11 +91,11 @@ def test_most_of_the_map_is_not_run() -> None:
 def test_forwards_are_what_was_run(monkeypatch: pytest.MonkeyPatch) -> None:
     run: list[tuple[int, int, int]] = []
 
-    def counted(model: Any, items: ItemSet, sets: Any, *rest: Any) -> torch.Tensor:
+    def counted(model: Any, items: ItemSet, sets: Any, *rest: Any) -> tuple[torch.Tensor, int]:
         run.append((len(sets), len(items), sum(len(each) for each in sets)))
-        return measure_sets(model, items, sets, *rest)
+        return measure_at(model, items, sets, *rest)
 
-    monkeypatch.setattr(racing, "measure_sets", counted)
+    monkeypatch.setattr(racing, "measure_at", counted)
     found = race(model(), items(), k=3)
     knock_outs = sum(sets * n for sets, n, heads in run if heads)
     assert knock_outs == sum(each.items for each in found.heads)
