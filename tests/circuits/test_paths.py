@@ -521,6 +521,8 @@ def test_a_head_through_a_head_and_an_inhibitor_to_a_mover(architecture: str) ->
         (["logits"], [], "senders= is empty"),
         (["L0H0.q"], None, r"name senders=\['input'\]"),
         (["L1H2"], None, "write L4H2.q, L4G1.k"),
+        (["logits"], 5, "senders=5 is no list of parts"),
+        (None, None, "receivers=None is no list of parts"),
     ],
 )
 def test_paths_that_do_not_exist_are_said_in_one_line(receivers: list[str], senders: Any, message: str) -> None:

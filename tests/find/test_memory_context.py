@@ -12,8 +12,9 @@ from torch import Tensor
 
 import headwise as hw
 from headwise.errors import InputError
-from headwise.find import find
+from headwise.find import find, method
 from headwise.find.memory_context import memory_context
+from headwise.find.search import own_probe
 from headwise.heads import SiteId
 from headwise.model.attached import AttachedModel
 from headwise.probes import encode, probe
@@ -112,3 +113,11 @@ def test_items_have_to_say_what_is_remembered(tiny: AttachedModel, twinned: Call
         find("memory-context", tiny, items, heads="text")
     with pytest.raises(InputError, match="difference, own"):
         find("memory-context", tiny, items, by="share")
+
+
+def test_its_own_items_have_the_twins_of_the_paper() -> None:
+    tokenizer = hw.load("zoo:organism").tokenizer
+    own = encode(own_probe(method("memory-context")), tokenizer, n=8)
+    given = encode(probe("conflict"), tokenizer, n=8)
+    assert all(each.twin is not None and each.twin.answer not in (each.answer, *each.foils) for each in own)
+    assert all(each.twin is not None and each.twin.answer == each.foils[0] for each in given)

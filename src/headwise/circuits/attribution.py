@@ -40,7 +40,8 @@ from headwise.model.attached import AttachedModel
 from headwise.probes.encoding import ItemSet
 from headwise.probes.outcome import observe
 from headwise.scores import Provenance
-from headwise.sweep.measuring import budget_of, chunks_of, tokens_of
+from headwise.sweep.measuring import chunks_of
+from headwise.sweep.memory import budget_of, halving, tokens_of
 
 NodeMethod = Literal["eap", "eap-ig-inputs", "eap-ig-activations", "clean-corrupted", "grad-drop"]
 PortMethod = Literal["atp", "atp-qk"]
@@ -52,6 +53,7 @@ HELD = 16 * 2**30
 """Bytes that the differences of all senders and the gradients of one block may take, where `tokens` is not given."""
 
 
+@halving
 def attribute_nodes(
     model: AttachedModel,
     items: ItemSet,
@@ -96,6 +98,7 @@ def attribute_nodes(
     return NodeScores(found.graph, values, run.measured(explained), run.provenance(method, settings))
 
 
+@halving
 def attribute_edges(
     model: AttachedModel,
     items: ItemSet,
@@ -116,7 +119,7 @@ def attribute_edges(
             code for edges.
         steps, metric: as of `attribute_nodes`.
         tokens: most tokens of one run (default: as many as `HELD` bytes hold by the formula above, and no more than
-            `sweep.measuring.tokens_of` the device).
+            `sweep.memory.tokens_of` the device).
         per_item: keep the scores of every item, items x S x all receivers.
 
     Raises:
@@ -162,6 +165,7 @@ def attribute_edges(
     )
 
 
+@halving
 def attribute_ports(
     model: AttachedModel,
     items: ItemSet,

@@ -123,6 +123,7 @@ def completeness(
         As `run_circuits`; InputError for a node that the model does not have.
     """
     chosen = [[node] for node in circuit.nodes if node != Sender()] if sets is None else sets
+    chosen = [chosen] if isinstance(chosen, (str, Sender)) else chosen
     sets_of = ([each] if isinstance(each, (str, Sender)) else each for each in chosen)
     named = [tuple(Sender.parse(node) for node in each) for each in sets_of]
     if not named:

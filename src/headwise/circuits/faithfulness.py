@@ -38,6 +38,7 @@ from headwise.model.attached import AttachedModel
 from headwise.model.direct import MULTIPLE
 from headwise.model.stream import StreamWrites, stream_writes
 from headwise.probes.encoding import ItemSet
+from headwise.sweep.memory import halving
 
 Outside = Literal["resample", "mean", "zero"]
 OUTSIDE: tuple[Outside, ...] = get_args(Outside)
@@ -117,6 +118,7 @@ def faithfulness(
     return run_circuits(model, [circuit], items, outside, metric, tokens=tokens)[0]
 
 
+@halving
 def run_circuits(
     model: AttachedModel,
     circuits: Sequence[Circuit],

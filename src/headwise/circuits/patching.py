@@ -49,6 +49,7 @@ from headwise.probes.encoding import ItemSet
 from headwise.probes.outcome import places
 from headwise.sweep import Patch, measure_sets
 from headwise.sweep.measuring import nothing_in_scope
+from headwise.sweep.memory import halving
 
 Variable = Literal["z", "q", "k", "v", "pattern", "mlp", "residual_pre", "residual_post"]
 VARIABLES: tuple[Variable, ...] = get_args(Variable)
@@ -59,6 +60,7 @@ BEHIND_ATTENTION = ("z", "mlp", "residual_post")
 Member = Head | KVGroup | SiteId
 
 
+@halving
 def patch_map(
     model: AttachedModel,
     items: ItemSet,
@@ -84,7 +86,7 @@ def patch_map(
         direction: `noising` or `denoising`.
         metric: any metric of one run; None is that of the probe.
         scope: as of edits (of key columns for k and v). Together with `at` it is `all`.
-        tokens: most tokens of one forward (default: `headwise.sweep.measuring.tokens_of` the device).
+        tokens: most tokens of one forward (default: `headwise.sweep.memory.tokens_of` the device).
 
     z of whole heads goes by `measure_sets(..., Patch())`. Everything else goes by batches of cells that begin at the
     same block, as many as `tokens` allows. Cost: two forwards per item, and one per item and cell from its block on;

@@ -26,7 +26,7 @@ Exact under grouped queries: a KV group has one key and one value, and that is o
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 from headwise.circuits.graph import Edge, Graph, Receiver, Sender
@@ -40,8 +40,10 @@ from headwise.heads import Head, HeadSet
 from headwise.metrics import Metric
 from headwise.model.attached import AttachedModel
 from headwise.probes.encoding import ItemSet
+from headwise.sweep.memory import halving
 
 
+@halving
 def path_patch(
     model: AttachedModel,
     items: ItemSet,
@@ -66,7 +68,7 @@ def path_patch(
             metric is that of the logits before the cap.
         metric: any metric of one run; None is that of the probe.
         scope: where senders are patched, as of edits. What a receiver gets differs there alone.
-        tokens: most tokens of one forward (default: `headwise.sweep.measuring.tokens_of` the device).
+        tokens: most tokens of one forward (default: `headwise.sweep.memory.tokens_of` the device).
 
     Cost per item: two forwards; then, for each sender, one from the sender's block on, and for receivers other than the
     logits a second one from the first receiver's block on. With frozen norms two forwards and nothing else.
@@ -123,8 +125,7 @@ def _check(feed_forward: str, norms: str) -> None:
 
 
 def _receivers(graph: Graph, given: Sequence[Receiver | str]) -> tuple[Receiver, ...]:
-    listed = [given] if isinstance(given, (str, Receiver)) else list(given)
-    found = tuple(dict.fromkeys(Receiver.parse(each) for each in listed))
+    found = tuple(dict.fromkeys(Receiver.parse(each) for each in _listed("receivers", given)))
     if not found:
         raise InputError("receivers= is empty; name some, such as ['logits'] or ['L4H2.q']")
     for each in found:
@@ -145,8 +146,7 @@ def _senders(
         if not found:
             raise InputError(f"nothing but the input writes what {receivers[0]} reads; name senders=['input']")
         return found
-    listed: list[Any] = [given] if isinstance(given, (str, Sender, Head)) else list(given)
-    found = tuple(dict.fromkeys(Sender.parse(each) for each in listed))
+    found = tuple(dict.fromkeys(Sender.parse(each) for each in _listed("senders", given)))
     if not found:
         raise InputError("senders= is empty; name some, or leave it out for all in front of the receivers")
     for each in found:
@@ -156,6 +156,14 @@ def _senders(
             why = graph.why_not(Edge(each, receivers[0]))
             raise InputError(f"there is no path {each} -> {receivers[0]}, {why}; name a receiver that comes after it")
     return found
+
+
+def _listed(name: str, given: Any) -> list[Any]:
+    if isinstance(given, (str, Receiver, Sender, Head)):
+        return [given]
+    if not isinstance(given, Iterable):
+        raise InputError(f"{name}={given!r} is no list of parts; write ['L4H2', 'mlp.L4'] or the like")
+    return list(given)
 
 
 def _some(parts: Sequence[Any]) -> str:

@@ -30,7 +30,8 @@ from headwise.model.running.resuming import Course, Kept, Start, keeping, resume
 from headwise.probes.batch import Batch, pad
 from headwise.probes.encoding import EncodedItem, ItemSet
 from headwise.probes.outcome import Outcome, observe, places, refuse_spans_in_the_decoder, refuse_two_sided
-from headwise.sweep.measuring import budget_of, chunks_of
+from headwise.sweep.measuring import chunks_of
+from headwise.sweep.memory import budget_of
 
 Side = Literal["clean", "corrupted"]
 

@@ -54,11 +54,12 @@ def find(
         # Imported here, so that `headwise --help` does not wait for torch.
         from headwise.find import find as scored
         from headwise.find import method as named
+        from headwise.find.search import own_probe
         from headwise.verify.verifying import half_for_finding
 
         # What can be wrong in the words and the file themselves is found before a model is loaded.
         chosen = named(method)
-        source = source_of(probe or chosen.probe)
+        source = source_of(probe) if probe else own_probe(chosen)
         questions = half_for_finding(source) if isinstance(source, Path) else source
         how = Loading(device, dtype, revision, attn, allow_pickle, trust_remote_code)
         attached = load_model(model, how)

@@ -14,8 +14,8 @@ A result of several tokens is read at the first one in which it parts from the w
 write a blank or a digit alone begin many results alike. Without a foil it is the first token.
 
 A reconstruction: no code of the paper was to be had. Its corrupted prompts have the same form and nothing to compute:
-`probe("arithmetic").over(twin="no-operation")`, "3 and 5 =" for "3 + 5 =". The probe's own twins have another second
-number, so that the scores are of heads that bring that number.
+`probe("arithmetic").over(twin="no-operation")`, "3 and 5 =" for "3 + 5 =", is taken unless another probe is given. The
+probe's own twins have another second number, so that the scores are of heads that bring that number.
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ METHODS = (
         needs=("z", "projection", "logits", "answer", "twin"),
         cost="1 forward per head and item",
         probe="arithmetic",
+        over={"twin": "no-operation"},
         probes=("arithmetic",),
         score=arithmetic,
     ),

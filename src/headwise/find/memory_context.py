@@ -17,9 +17,9 @@ paper then takes out the few best heads of the other kind.
 
 A reconstruction: no code of the paper was to be had. In logits and not as shares, because both answers are to be on one
 scale; the difference is the same in log-probabilities. The paper's prompts have no instruction, and its corrupted runs
-lack what both answers rest on: that is `probe("conflict").over(twin="subject-and-told")`, another subject of which
-something else is told. The probe's own twins change the instruction, so that the scores are of heads that pass on which
-of the two is to be trusted.
+lack what both answers rest on: so are those of `probe("conflict").over(twin="subject-and-told")`, which is taken unless
+another probe is given, another subject of which something else is told. The probe's own twins change the instruction,
+so that the scores are of heads that pass on which of the two is to be trusted.
 """
 
 from __future__ import annotations
@@ -125,6 +125,7 @@ METHODS = (
         needs=("z", "projection", "logits", "answer", "foils", "twin"),
         cost="1 forward per head and item",
         probe="conflict",
+        over={"twin": "subject-and-told"},
         probes=("conflict",),
         score=memory_context,
     ),

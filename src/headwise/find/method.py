@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from headwise.errors import InputError
 from headwise.heads import SiteId
 from headwise.model.attached import AttachedModel
 from headwise.probes.encoding import ItemSet
+from headwise.probes.stream import Setting
 
 Scored = Mapping[SiteId, Float[Tensor, "item head"]]
 """Score of every head on every item, by site; NaN where a head has no score on an item."""
@@ -29,6 +30,7 @@ class Method(MethodEntry):
 
     Attributes:
         probe: id of the probe that it is run on unless another is given.
+        over: settings of that probe where the paper has others than the probe, such as its corrupted twins.
         probes: ids of all probes that it means something on; `("*",)` is every probe that has what it needs.
         score: takes an attached model and items, and settings of its own as keyword arguments, each with the paper's
             value as its default.
@@ -37,6 +39,7 @@ class Method(MethodEntry):
     """
 
     probe: str
+    over: Mapping[str, Setting] = field(default_factory=dict)
     probes: tuple[str, ...] = ("*",)
     score: Callable[..., Scored]
 

@@ -70,7 +70,7 @@ def page(method: Method) -> str:
         "status": STATUS[method.status],
         "needs": "; ".join(_need(each) for each in method.needs) or "nothing beyond a run of the model",
         "cost": _plain(method.cost),
-        "probe": f"{_probe(method.probe)}, unless another is given",
+        "probe": f"{_probe(method.probe)}{_over(method)}, unless another is given",
         "means something on": _probes(method),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
@@ -223,6 +223,10 @@ def _need(name: str) -> str:
 def _probe(id: str) -> str:
     where = entry("probes", id).page
     return f"[`{id}`]({where if where.startswith('https://') else f'../{where}'})"
+
+
+def _over(method: Method) -> str:
+    return "".join(f", `{name}={value!r}`" for name, value in method.over.items())
 
 
 def _probes(method: Method) -> str:

@@ -83,13 +83,18 @@ def items_for(
     """The items that a method is run on. Raises `InputError` as `encode` does."""
     if isinstance(probe, ItemSet):
         return probe
-    asked = chosen.probe if probe is None else probe
+    asked = own_probe(chosen) if probe is None else probe
     if model.tokenizer is None:
         raise InputError(
             f"{model.name} has no tokenizer, so no probe can be written for it; attach it with one, or pass encoded "
             "items"
         )
     return encode(probe_named(asked) if isinstance(asked, str) else asked, model.tokenizer, n=n, seed=seed)
+
+
+def own_probe(chosen: Method) -> Probe:
+    """The probe that a method is run on unless another is given, with the settings that its paper has."""
+    return probe_named(chosen.probe).over(**chosen.over)
 
 
 def gathered(

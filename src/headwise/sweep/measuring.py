@@ -32,11 +32,7 @@ from headwise.probes.batch import Batch, pad
 from headwise.probes.encoding import EncodedItem, ItemSet
 from headwise.probes.outcome import Outcome, Past, observe, places, refuse_spans_in_the_decoder, refuse_two_sided
 from headwise.sweep.knockout import KnockOut, Patch, TwinZ, edits_of
-
-TOKENS = {"cpu": 1024}
-"""Most tokens of one forward: items and sets are batched up to it. What a layer works on should stay in the caches of a
-processor; on other devices it should keep them busy."""
-TOKENS_ELSEWHERE = 8192
+from headwise.sweep.memory import budget_of, out_of_memory
 
 WHOLE = Course((), reason="whole runs were asked for")
 
@@ -122,21 +118,6 @@ def _require_twins(items: ItemSet) -> None:
         )
 
 
-def tokens_of(device: torch.device | str) -> int:
-    """Most tokens of one forward on a device."""
-    return TOKENS.get(torch.device(device).type, TOKENS_ELSEWHERE)
-
-
-def budget_of(items: ItemSet, tokens: int | None, device: torch.device) -> int:
-    longest = max(len(each.prompt) + len(each.answer) for each in items)
-    if tokens is not None and not tokens >= longest:
-        raise InputError(
-            f"tokens={tokens} does not hold the longest item of {items.probe}, which has {longest} tokens; "
-            "give at least as many, or shorter settings of the probe"
-        )
-    return max(tokens_of(device), longest) if tokens is None else tokens
-
-
 def _course(model: AttachedModel, chosen: Metric, sets: Sequence[HeadSet], scope: str) -> Course:
     """Where runs may begin; `WHOLE` where they have to be whole (a plan of the user's own is open, or a metric wants
     several runs or a generation), or where the clean run to begin in would cost more than it saves."""
@@ -211,7 +192,7 @@ class _Chunk:
         try:
             return self._measured(sets)
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
         if len(self.items) == 1:
             raise Refusal(
@@ -244,7 +225,7 @@ class _Chunk:
             try:
                 found, met = self._under([sets[place] for place in part], _Before(clean, kept, past, twins))
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _out_of_memory(error) or len(part) == 1:
+                if not out_of_memory(error) or len(part) == 1:
                     raise
                 _log.warning("out of memory: %d sets of heads go on in two halves", len(part))
                 half = len(part) // 2
@@ -374,11 +355,6 @@ def _parts(sets: Sequence[HeadSet], course: Course, together: int, *, empty: boo
         n_parts = -(-len(listed) // together)
         size = -(-len(listed) // n_parts)
         yield from (listed[start : start + size] for start in range(0, len(listed), size))
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """Whether an error says so; on the CPU torch has no kind of error for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def nothing_in_scope(items: ItemSet, scope: str) -> str:
