@@ -14,7 +14,7 @@ from headwise.model.identity import weights_hash
 from headwise.model.positions import check_scope
 from headwise.scores import Provenance
 from headwise.sweep import MODES, Mode
-from headwise.sweep.measuring import tokens_of
+from headwise.sweep.memory import tokens_of
 
 FORMAT_VERSION = 1
 """Of the folder: which files it has and how they are read."""

@@ -23,7 +23,7 @@ from headwise.probes import probe as probe_named
 from headwise.probes.encoding import ItemSet, encode
 from headwise.probes.stream import Probe
 from headwise.sweep.knockout import continues
-from headwise.sweep.measuring import tokens_of
+from headwise.sweep.memory import tokens_of
 from headwise.verify.crossing import CONTROLS
 from headwise.verify.functional_dissociation import ALPHAS, DRAWS
 
