@@ -441,3 +441,22 @@ def test_embeddings_of_a_trained_encoder(monkeypatch: pytest.MonkeyPatch) -> Non
             measure(model, items)
     assert got.tolist() == pytest.approx(expected, abs=1e-5)
     assert max(expected) < 0.999
+
+
+# -- under a plan that is open around it -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["last", "decode", "prompt"])
+def test_an_open_plan_is_told_where_prompts_end(scope: str) -> None:
+    """Answers of several tokens stand behind their prompts: what acts from the last token on acts on them, too."""
+    model = hw.load("zoo:tiny-llama")
+    given = encode(
+        [Item(id=f"q{n}", prompt="ab" * (n + 2), answer="cde", foils=("fgh",)) for n in range(3)], model.tokenizer
+    )
+    edits = [hw.edit.zero("L1", scope=scope)]
+    plain, expected = measure(model, given, "cross-entropy"), measure(model, given, "cross-entropy", edits=edits)
+    with model.editing(*edits):
+        assert torch.equal(measure(model, given, "cross-entropy"), expected)
+        assert model.planned
+    assert (plain - expected).abs().min() > 1e-3
+    assert torch.equal(measure(model, given, "cross-entropy"), plain)

@@ -34,6 +34,8 @@ ROOMS = (
     "circuits",
     "find",
     "verify",
+    "use",
+    "fit",
     "atlas",
     "replications",
     "benches",

@@ -18,6 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from headwise import fit, use
     from headwise.atlas.opened import Atlas
     from headwise.atlas.running import atlas
     from headwise.errors import HeadwiseError, InputError, NotFired, PlanConflict, Refusal
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from headwise.model.reference import Reference, reference
     from headwise.probes import encode, probe, read_items
     from headwise.scores import HeadScores, Provenance
+    from headwise.use.baking.bake import bake
     from headwise.verify.result import Verdict
     from headwise.verify.verifying import verify
 
@@ -53,9 +55,11 @@ __all__ = [
     "Verdict",
     "atlas",
     "attach",
+    "bake",
     "edit",
     "encode",
     "find",
+    "fit",
     "keep_right",
     "load",
     "measure",
@@ -64,12 +68,12 @@ __all__ = [
     "read",
     "read_items",
     "reference",
+    "use",
     "verify",
 ]
 
 _MODULES = ("edit", "read")
-_ROOMS = ("atlas", "find", "verify")
-"""Packages that are also functions."""
+_ROOMS = ("atlas", "find", "fit", "use", "verify")
 _HOMES = {
     "headwise.atlas.opened": ("Atlas",),
     "headwise.errors": ("HeadwiseError", "InputError", "NotFired", "PlanConflict", "Refusal"),
@@ -80,6 +84,7 @@ _HOMES = {
     "headwise.model.reference": ("Reference", "reference"),
     "headwise.probes": ("encode", "probe", "read_items"),
     "headwise.scores": ("HeadScores", "Provenance"),
+    "headwise.use.baking": ("bake",),
     "headwise.verify.result": ("Verdict",),
 }
 

@@ -23,7 +23,7 @@ from typing import Literal, get_args
 
 from headwise.errors import InputError, Refusal
 
-Kind = Literal["methods", "probes", "models", "edits", "benches"]
+Kind = Literal["methods", "probes", "models", "edits", "interventions", "benches"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ENTRY_POINTS = "headwise.catalogue"
 
@@ -31,7 +31,15 @@ RUN_OPTIONS = ("seed", "device", "dtype", "revision", "attn")
 """The settings that a command that runs a model takes; a bench takes some of them as keyword arguments."""
 
 # Named here and not imported, because they stand below this file and import it in order to register.
-ROOMS = ("headwise.model.edit", "headwise.zoo", "headwise.probes", "headwise.find", "headwise.benches")
+ROOMS = (
+    "headwise.model.edit",
+    "headwise.zoo",
+    "headwise.probes",
+    "headwise.find",
+    "headwise.use",
+    "headwise.fit",
+    "headwise.benches",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +61,7 @@ class Entry:
                 f"catalogue id {self.id!r} must be lower-case words joined by '-', such as 'previous-token'"
             )
         _require_kind(self.kind)
-        special = {"methods": MethodEntry, "benches": BenchEntry}.get(self.kind)
+        special = {"methods": MethodEntry, "interventions": InterventionEntry, "benches": BenchEntry}.get(self.kind)
         if special is not None and not isinstance(self, special):
             raise InputError(f"catalogue entry {self.id!r} of kind {self.kind!r} must be made with {special.__name__}")
         if not self.title or not self.page:
@@ -80,6 +88,19 @@ class MethodEntry(Entry):
     status: Literal["exact", "reconstruction"]
     needs: tuple[str, ...]
     cost: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InterventionEntry(Entry):
+    """A published way of using heads; `made` is its class. Tier and status are those of `MethodEntry`."""
+
+    kind: Kind = "interventions"
+    paper: str
+    year: int
+    tier: Literal["A", "B", "C"]
+    status: Literal["exact", "reconstruction"]
+    cost: str
+    made: type
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +156,14 @@ def entry(kind: Kind, id: str) -> Entry:
     return known[id]
 
 
-_SINGULAR = {"methods": "method", "probes": "probe", "models": "model", "edits": "edit", "benches": "bench"}
+_SINGULAR = {
+    "methods": "method",
+    "probes": "probe",
+    "models": "model",
+    "edits": "edit",
+    "interventions": "intervention",
+    "benches": "bench",
+}
 _lock = RLock()
 _registered: dict[Kind, dict[str, Entry]] = {kind: {} for kind in KINDS}
 _gathered = False

@@ -13,10 +13,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from typing import Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -34,6 +35,16 @@ Need = Literal["logits", "generation", "embedding", "clean"]
 NEEDS: tuple[Need, ...] = get_args(Need)
 
 Better = Literal["higher", "lower"]
+
+
+class Under(Protocol):
+    """What is carried out around a run and is told where its prompts stand: an intervention of `headwise.use`."""
+
+    def edits(self, model: AttachedModel, /) -> Sequence[Edit]: ...
+
+    def __call__(
+        self, model: AttachedModel, /, *, spans: Any = None, prompt_length: int | None = None
+    ) -> AbstractContextManager[Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +125,7 @@ def measure(
     metric: str | Metric | None = None,
     *,
     edits: Sequence[Edit] = (),
+    under: Under | None = None,
     batch_size: int = 16,
 ) -> Float[Tensor, " item"]:
     """The metric of every item, in their order, on the CPU.
@@ -121,12 +133,13 @@ def measure(
     The numbers do not depend on `batch_size`, unless an edit names columns by number (those of padded rows), draws at
     random or takes its values from another run. Name places by spans.
 
-    Runs happen under whatever plan is open on the model, without gradients. The clean run, where the metric needs one,
-    is the run without `edits`.
+    Runs happen under whatever plan is open on the model, which is told where the prompts end, without gradients. The
+    clean run, where the metric needs one, is the run without `edits` and outside `under`.
 
     Args:
         metric: an id, a metric, or None for the default metric of the items' probe.
         edits: what is changed in the model; spans of the items can be named in them.
+        under: an intervention (`hw.use`) that is carried out around every run, before `edits`; likewise with spans.
 
     Raises:
         InputError: no items; an item or an edit that cannot be used.
@@ -142,16 +155,21 @@ def measure(
     if not items.items:
         raise InputError(f"{items.probe}: there are no items to measure; encode at least one")
     edits = tuple(edits)
-    refuse_spans_in_the_decoder(model, edits)
+    refuse_spans_in_the_decoder(model, (*edits, *(under.edits(model) if under is not None else ())))
+    changed = bool(edits) or under is not None
     measured = []
     for batch in items.batches(batch_size):
         if "logits" in chosen.needs:
             refuse_two_sided(model, batch)
-        clean = _observe(model, batch, items, chosen) if not edits or "clean" in chosen.needs else None
+        clean = _observe(model, batch, items, chosen) if not changed or "clean" in chosen.needs else None
         outcome = clean
-        if edits:
+        if changed:
             at = places(model, batch)
-            with model.editing(*edits, spans=at.spans, prompt_length=at.prompt_length):
+            with ExitStack() as blocks:
+                if under is not None:
+                    blocks.enter_context(under(model, spans=at.spans, prompt_length=at.prompt_length))
+                if edits:
+                    blocks.enter_context(model.editing(*edits, spans=at.spans, prompt_length=at.prompt_length))
                 outcome = _observe(model, batch, items, chosen)
         assert outcome is not None
         measured.append(chosen(outcome, clean).detach().cpu())

@@ -56,7 +56,7 @@ def test_methods_of_patterns_are_to_find_decoys_and_others_are_not() -> None:
 
 
 def test_every_method_that_looks_for_heads_has_a_case() -> None:
-    described = {"local-global", "fact-parts", "correct-letter", "codes"}
+    described = {"local-global", "fact-parts", "correct-letter", "codes", "head-pursuit"}
     assert {case.method for case in CASES} == {method.id for method in METHODS} - described
 
 

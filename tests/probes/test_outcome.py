@@ -404,3 +404,15 @@ def test_rows_longer_than_the_model_are_one_clear_line() -> None:
     longer = encode([replace(item, prompt="a" * most)], model.tokenizer, max_tokens=10**6)
     with pytest.raises(InputError, match=rf"rows of {most + 1} tokens are longer than the {most} .* max_tokens={most}"):
         observe(model, whole(longer), wants=LOGITS)
+
+
+@pytest.mark.parametrize("scope", ["last", "prompt", "decode"])
+def test_a_plan_that_was_opened_before_knows_where_the_prompts_end(scope: str) -> None:
+    model = hw.load("zoo:tiny-llama")
+    asked = [Item(prompt=text, answer=" and then more", id=text) for text in ("the cat sat", "a much longer line")]
+    items = replace(encode(asked, model.tokenizer, name="asked"), metric="answer-log-probability")
+    assert min(len(each.answer) for each in items) > 1
+    change = hw.edit.scale("L1", -1.0, scope=scope)
+    with model.editing(change):
+        around = hw.measure(model, items)
+    torch.testing.assert_close(around, hw.measure(model, items, edits=[change]))

@@ -49,6 +49,11 @@ _BENCHES: Mapping[str, tuple[str, Callable[..., Mapping[str, float]]]] = {
     "direct": ("the direct path of all heads to the logits, in forwards", _of("direct", said=_say)),
     "stats": ("row statistics without n x n, in time and memory", _of("statistics")),
     "decode": ("what it costs to watch heads while a model writes", _of("decoding")),
+    "uses": (
+        "what heads in use are worth on the organism, against random heads",
+        _of("uses", said=_say),
+    ),
+    "use-overhead": ("what interventions cost in generate", _of("use_overhead", said=_say)),
     "controls": ("control sets of ten heads, against one run per set", _of("controls", said=_say)),
 }
 

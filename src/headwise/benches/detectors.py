@@ -14,7 +14,8 @@ effects have to leave them alone.
   add nor reason.
 - `hydra` is to find induction heads, each of which brings back its share; on its own probe no head does so alone.
 - `local-global` and `fact-parts` are left out: they describe and look for nothing. `correct-letter` is, too: planted
-  models know no letters. So is `codes`, whose codes are of the size of a trained model's writes.
+  models know no letters. So is `codes`, whose codes are of the size of a trained model's writes, and `head-pursuit`,
+  which scores writes by their direction alone: also those of heads that write next to nothing.
 """
 
 from __future__ import annotations
@@ -126,6 +127,7 @@ CASES = (
     Case("arithmetic", PROBES["facts"], direct("facts")),
     Case("chain-of-thought", PROBES["facts"], direct("facts"), {"keep": "all"}),
     Case("chain-of-thought-copy", PROBES["conflict"], writing("context")),
+    Case("decision-heads", PROBES["facts"], direct("facts")),
 )
 
 

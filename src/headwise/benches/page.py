@@ -105,6 +105,20 @@ LAYOUTS: Mapping[str, Layout] = {
         {"time.4096.three": most(1.35), "time.4096.with_distance": most(1.75)},
     ),
     "decode": Layout(goals={"time.retrieval": most(1.05)}),
+    "use-overhead": Layout(
+        {**SHAPES, "organism": "organism"},
+        {
+            f"{model}.{way}": most(goal)
+            for model in (*SHAPES, "organism")
+            for way, goal in {
+                "z": 1.03,
+                "score_scale": 1.15,
+                "score_bias": 1.15,
+                "two_batch": 2.15,
+                "two_caches": 2.15,
+            }.items()
+        },
+    ),
     "race": Layout(
         RACES,
         {

@@ -14,6 +14,7 @@ from typer.exceptions import TyperException
 import headwise
 from headwise.cli import options
 from headwise.cli.atlas import atlas
+from headwise.cli.bake import bake
 from headwise.cli.bench import bench
 from headwise.cli.console import say
 from headwise.cli.doctor import doctor
@@ -22,6 +23,7 @@ from headwise.cli.listing import list_entries
 from headwise.cli.papers import papers
 from headwise.cli.race import race
 from headwise.cli.replicate import replicate
+from headwise.cli.use import use
 from headwise.cli.verify import verify
 from headwise.errors import HeadwiseError
 
@@ -36,11 +38,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("atlas")(atlas)
+app.command("bake")(bake)
 app.command("doctor")(doctor)
 app.command("list")(list_entries)
 app.command("find")(find)
 app.command("race")(race)
 app.command("verify")(verify)
+app.command("use")(use)
 app.command("replicate")(replicate)
 app.command("papers")(papers)
 app.command("bench")(bench)

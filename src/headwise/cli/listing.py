@@ -20,7 +20,7 @@ def list_entries(
     json: options.Json = False,
     traceback: options.Traceback = False,
 ) -> None:
-    """List the methods, probes, models, edits and benches that this installation offers, other packages' included."""
+    """List the methods, probes, models, edits, interventions and benches on offer, those of other packages included."""
     wanted = catalogue.KINDS if kind is None else (cast(catalogue.Kind, kind),)
     with quiet():
         found = [entry for one in wanted for entry in catalogue.entries(one)]

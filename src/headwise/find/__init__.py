@@ -23,6 +23,7 @@ FILES = (
     "retrieval_proxy",
     "direct_logit",
     "fact_parts",
+    "head_pursuit",
     "gate_gradient",
     "codes",
     "knock_out",
@@ -32,6 +33,7 @@ FILES = (
     "arithmetic",
     "correct_letter",
     "reasoning",
+    "decision",
 )
 """The modules of this room that define a method, each as `METHODS`."""
 

@@ -24,7 +24,8 @@ score.
 
 The formulas are those of the paper's code. What is ours: the step is the one that twins differ in and not each of the
 paper's ten subtasks, the projection is net of the mean over the vocabulary and holds the final norm, and padding is
-masked, where the code attends to it. The paper's decision heads, by the lens of each head's write, are not among these.
+masked, where the code attends to it. The paper's decision heads, by the lens of each head's write, are a method of
+their own, `decision-heads`.
 """
 
 from __future__ import annotations

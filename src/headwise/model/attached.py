@@ -22,6 +22,7 @@ from headwise.model.running.denoising import BRANCHES, Denoising, Guidance, chec
 from headwise.model.running.dual import Dual, open_dual
 from headwise.model.running.lowering import Lowered, open_lowered
 from headwise.model.running.plan import Layer
+from headwise.model.running.rescoring import Rescore, Rescoring, open_rescoring
 from headwise.model.running.runner import Runner, refuse_dropout
 from headwise.model.site import Site, Unserved
 from headwise.model.table import SiteTable
@@ -191,6 +192,7 @@ class AttachedModel:
         *second: Edit,
         combine: Callable[[Tensor, Tensor], Tensor] | None = None,
         mode: str = "batch",
+        without: str | None = None,
         spans: Mapping[str, SpanRows] | None = None,
         prompt_length: int | None = None,
         strict: bool = False,
@@ -202,15 +204,32 @@ class AttachedModel:
                 the value `hw.edit.OTHER` in them is the second stream's tensor.
             combine: makes of both streams' logits, each `[batch, position, vocab]`, those that the run returns.
             mode: `batch`, both streams in one forward of twice the rows, or `caches`, one forward and cache each.
+            without: a span of the prompt whose tokens the second stream does not have.
             spans, prompt_length, strict: as in `reading`.
 
         Raises:
-            As `reading`, and PlanConflict if a dual run is open already.
+            As `reading`; Refusal if the model has no second stream `without` a span; and PlanConflict if a dual run or
+            a rescoring is open already.
         """
         if second:
             _require_all(second, Edit, "dual() takes edits of the second stream")
-        with open_dual(self._runner, second, combine, mode, _named(spans), prompt_length, strict) as dual:
+        with open_dual(self._runner, second, combine, mode, without, _named(spans), prompt_length, strict) as dual:
             yield dual
+
+    @contextmanager
+    def rescoring(self, rescore: Rescore, blocks: Sequence[str]) -> Iterator[Rescoring]:
+        """Return other logits from every run inside the block, made of its own and of streams of the same forward.
+
+        Args:
+            rescore: takes the logits `[batch, position, vocab]` and, by block label, the residual stream before each
+                block `[batch, position, d_model]` at the same positions (see `model.lens`); gives logits.
+            blocks: labels such as `L4`.
+
+        Raises:
+            As `reading`, and PlanConflict if a dual run or a rescoring is open already.
+        """
+        with open_rescoring(self._runner, blocks, rescore) as rescoring:
+            yield rescoring
 
     @contextmanager
     def denoising(
@@ -273,6 +292,23 @@ class AttachedModel:
         """
         with self._runner.aside():
             yield
+
+    @contextmanager
+    def unplanned(self) -> Iterator[None]:
+        """Inside the block no plan is open, for runs that find something out about the model; then those that were are
+        again, with all that they hold. Raises PlanConflict mid-run."""
+        with self._runner.unplanned():
+            yield
+
+    @contextmanager
+    def prompted(self, length: int) -> Iterator[None]:
+        """Inside the block the prompt of a forward ends after so many columns, unless an open plan says otherwise: for
+        a prompt that is run together with its answer under a plan that was opened before it was known."""
+        before, self._runner.prompt_length = self._runner.prompt_length, length
+        try:
+            yield
+        finally:
+            self._runner.prompt_length = before
 
     def detach(self) -> None:
         """Take off everything that was put on; the model is as it was before `attach`. Raises PlanConflict mid-run."""

@@ -61,6 +61,18 @@ class DirectPaths:
         inner = {step.norm.module: step.norm for way in ways for step in way.steps}
         return (*inner.values(), *((self.norm,) if self.norm is not None else ()))
 
+    def of_rows(self, rows: Float[Tensor, "row d_model"]) -> Mapping[str, Float[Tensor, "row d_model"]]:
+        """Rows of the unembedding, or mixtures of them, as writes are to be multiplied with; by label as `directions`.
+
+        No run is looked at: every norm has the scale 1, and what the model multiplies its logits with is left out.
+        """
+        affines = {norm.module: norm.affine(self.model.model) for norm in self.norms}
+        scales = {module: rows.new_ones(len(rows), dtype=float_dtype(rows)) for module in affines}
+        direction = rows.to(float_dtype(rows))
+        if self.norm is not None:
+            direction = norm_back(self.norm, direction, scales[self.norm.module], affines[self.norm.module])
+        return DirectRun(self, 1)._before(direction, scales, affines)
+
     @contextmanager
     def recording(self, tokens: int) -> Iterator[DirectRun]:
         """Keep of the forward inside the block what freezes the norms, at the last `tokens` columns of each row."""
@@ -113,7 +125,7 @@ class DirectRun:
     def uncapped(self, logits: Float[Tensor, "item token vocab"]) -> Float[Tensor, "item token vocab"]:
         """The logits that `directions` are of: those that the model returned, or those before a soft cap of them."""
         raw = self.returned["unembedding"]
-        return logits if _multiple(logits, raw) is not None else raw.to(float_dtype(raw))
+        return logits if multiple_of(logits, raw) is not None else raw.to(float_dtype(raw))
 
     def _before(
         self, direction: Tensor, scales: Mapping[str, Tensor], affines: Mapping[str, NormAffine]
@@ -163,7 +175,7 @@ class DirectRun:
         """The factors between the final norm and the unembedding, and behind it."""
         name = self.paths.model.name
         stream = self.returned["last block" if self.paths.norm is None else self.paths.norm.module]
-        before = _multiple(self.taken["unembedding"], stream)
+        before = multiple_of(self.taken["unembedding"], stream)
         if before is None:
             what = "the last block" if self.paths.norm is None else "the final norm"
             raise Refusal(
@@ -171,7 +183,7 @@ class DirectRun:
                 "logits; use knock-out"
             )
         raw = self.returned["unembedding"]
-        behind = _multiple(logits, raw)
+        behind = multiple_of(logits, raw)
         if behind is None and not _keeps_order(raw, logits):
             raise Refusal(
                 f"the logits of {name} are not those of its unembedding, nor a multiple or a soft cap of them, so "
@@ -254,7 +266,7 @@ def through_matrix(
     return gradient[..., looked_at] @ matrix[looked_at].to(gradient)
 
 
-def _multiple(x: Tensor, of: Tensor) -> float | None:
+def multiple_of(x: Tensor, of: Tensor) -> float | None:
     """c, where x = c * of; None where it is no multiple. Rows that are no number (padding) say nothing."""
     if x.shape != of.shape:
         return None

@@ -8,7 +8,8 @@ heads, other positions, other rows) the kernel's own bits stay.
 Options of every edit:
     scope     `all`, `prompt`, `decode`, `last`, `span:NAME`; for k and v the scope is of key columns; in a denoising
               loop also `steps:0-9` and `branch:NAME`, and several words with blanks between them
-    queries   a further choice of query positions;  keys: of key columns (score and pattern edits only)
+    queries   a further choice of query positions;  keys: of key columns (score and pattern edits only): columns,
+              `"first"`, `inside(...)`, `outside(...)`, and what the run itself shows, `received(above)`
     rows      rows of the batch (before beams are expanded); None is all
     strength  0 is no edit, 1 the full one, between and beyond by straight line; a number or one per head
     stream    `first` or `second`, in a dual run
@@ -29,7 +30,7 @@ from torch import Tensor
 from headwise.catalogue import Entry, register
 from headwise.errors import InputError
 from headwise.model import operations as op
-from headwise.model.positions import Positions, checked_positions
+from headwise.model.positions import Columns, Positions, checked_positions
 from headwise.model.read import HeadLike, Point
 from headwise.model.scopes import Scope, parse_scope
 
@@ -40,6 +41,7 @@ GROUP_VARIABLES = frozenset({"k", "v"})
 BLOCK_VARIABLES = frozenset({"mlp", "residual_pre", "residual_post"})
 
 Value = op.Value
+Keys = Positions | op.Received
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +54,7 @@ class Edit:
     heads: HeadLike
     scope: str = "all"
     queries: Positions = None
-    keys: Positions = None
+    keys: Keys = None
     rows: tuple[int, ...] | None = None
     strength: Value = 1.0
     point: Point = "post_gate"
@@ -62,7 +64,8 @@ class Edit:
     def __post_init__(self) -> None:
         parse_scope(self.scope)
         object.__setattr__(self, "queries", checked_positions(self.queries, "queries"))
-        object.__setattr__(self, "keys", checked_positions(self.keys, "keys"))
+        if not isinstance(self.keys, op.Received):
+            object.__setattr__(self, "keys", checked_positions(self.keys, "keys"))
         if self.variable not in VARIABLES:
             raise InputError(f"variable={self.variable!r} is not one of {', '.join(VARIABLES)}")
         if self.point not in ("post_gate", "pre_gate"):
@@ -148,12 +151,12 @@ def uniform(heads: HeadLike, **options: Any) -> Edit:
     return _edit("uniform", "pattern", op.Uniform(), heads, options)
 
 
-def bias(heads: HeadLike, amount: Value, *, keys: Positions = None, **options: Any) -> Edit:
+def bias(heads: HeadLike, amount: Value, *, keys: Keys = None, **options: Any) -> Edit:
     """Add to scores before softmax. `amount = log g` equals re-weighting the columns by g and renormalising."""
     return _edit("bias", "score", op.Add(amount), heads, {"keys": keys, **options}, amount=amount)
 
 
-def block(heads: HeadLike, *, keys: Positions = None, **options: Any) -> Edit:
+def block(heads: HeadLike, *, keys: Keys = None, **options: Any) -> Edit:
     """Hide keys from heads: their scores become -inf. They stay hidden for the edits that come after.
 
     Raises InputError for a strength other than 1: a key is hidden or not; `bias` and `reweight` do it by degrees.
@@ -163,12 +166,12 @@ def block(heads: HeadLike, *, keys: Positions = None, **options: Any) -> Edit:
     return _edit("block", "score", op.Set(float("-inf")), heads, {"keys": keys, **options})
 
 
-def reweight(heads: HeadLike, factor: Value, *, keys: Positions = None, **options: Any) -> Edit:
+def reweight(heads: HeadLike, factor: Value, *, keys: Keys = None, **options: Any) -> Edit:
     """Multiply pattern columns by a factor and renormalise each row to the sum it had."""
     return _edit("reweight", "pattern", op.Reweight(factor), heads, {"keys": keys, **options}, factor=factor)
 
 
-def redistribute(heads: HeadLike, share: Value, *, keys: Positions, to: Positions = None, **options: Any) -> Edit:
+def redistribute(heads: HeadLike, share: Value, *, keys: Keys, to: Positions = None, **options: Any) -> Edit:
     """Take a share of each row's mass on `keys` and give it to `to` (None: all other visible keys) in proportion.
 
     Raises InputError for a share outside 0 to 1, and where `keys` is None.
@@ -189,6 +192,30 @@ def rewrite(heads: HeadLike, function: Callable[[Any, Any], Any], **options: Any
 
 
 OTHER = op.OTHER
+
+
+def inside(*named: str) -> Columns:
+    """As `keys=` (or `queries=`): columns of the prompt in any of these, `inside("span:rule", "span:name")`."""
+    return Columns(_words("inside", named))
+
+
+def outside(*named: str) -> Columns:
+    """As `keys=` (or `queries=`): columns of the prompt in none of these."""
+    return Columns(_words("outside", named), outside=True)
+
+
+def received(above: float = 0.1, *, skip: int = 1) -> op.Received:
+    """As `keys=`: the keys to which the prompt's tokens give more than this share on average, head by head, but for
+    the first `skip` of them. Decoding steps have the prompt's keys."""
+    return op.Received(above, skip)
+
+
+def _words(function: str, named: tuple[str, ...]) -> tuple[str, ...]:
+    if not named or not all(isinstance(each, str) for each in named):
+        raise InputError(f"edit.{function} takes names of places, such as 'span:name'; it was given {named!r}")
+    for each in named:
+        checked_positions(each, f"edit.{function}")
+    return named
 
 
 def _edit(

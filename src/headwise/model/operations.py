@@ -56,6 +56,30 @@ OTHER = _Other()
 """As a value: the same variable of the same heads in the second stream of a dual run."""
 
 
+@dataclass(frozen=True, slots=True)
+class Received:
+    """Keys that the tokens of the prompt attend to by more than a share of their attention, head by head.
+
+    A key's share is the mean of its weight over the prompt's tokens that see it, as the edits before this one left the
+    rows. It is counted once, when the prompt runs; decoding steps have the prompt's keys.
+
+    Attributes:
+        above: the share.
+        skip: how many such keys are left alone, counted from the left.
+
+    Raises InputError for a share that is none.
+    """
+
+    above: float = 0.1
+    skip: int = 1
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.above, Real) and 0 <= self.above < 1):
+            raise InputError(f"above={self.above!r} is not a share of attention; give a number from 0 up to 1")
+        if isinstance(self.skip, bool) or not isinstance(self.skip, int) or self.skip < 0:
+            raise InputError(f"skip={self.skip!r} is not a number of keys; give 0 or more")
+
+
 @dataclass(frozen=True, eq=False)
 class Here:
     """Where an operation stands: one call of one site, and what it may look at there.
@@ -69,7 +93,7 @@ class Here:
         items: `[batch]` row of the batch, before beams, that each row of this call belongs to.
         batch, span: rows in this call, and positions (values) or queries (rows) of the current tensor.
         chosen: `[batch, position]` positions where the result will be kept; None is all.
-        keys: `[batch, key]` key columns chosen; None is all.
+        keys: `[batch, key]` key columns chosen, `[batch, head, key]` where they differ by head; None is all.
         visible: `[batch, head, query, key]`, for rows; `queries`: which of the call's queries the rows are.
         forward: which forward of the run, or of the denoising loop; `step`: which step of the loop, None outside one.
         chunk: which piece of its sequence this call is, where the module splits it.
@@ -88,13 +112,20 @@ class Here:
     batch: int
     span: int
     chosen: Bool[Tensor, "batch position"] | None = None
-    keys: Bool[Tensor, "batch key"] | None = None
+    keys: Bool[Tensor, "batch *head key"] | None = None
     visible: Bool[Tensor, "batch head query key"] | None = None
     forward: int = 0
     step: int | None = None
     chunk: int = 0
     queries: Int[Tensor, "*batch query"] | None = None
     other: Callable[[], Tensor] | None = None
+
+    @property
+    def marked(self) -> Bool[Tensor, "#batch #head 1 key"] | None:
+        """`keys` in a form that broadcasts against rows."""
+        if self.keys is None:
+            return None
+        return self.keys[:, None, None] if self.keys.dim() == 2 else self.keys[:, :, None]
 
     def pick(self, value: Value, current: Tensor) -> Tensor | float:
         """A value in a form that broadcasts against `current`.
@@ -286,8 +317,8 @@ class Reweight(Operation):
     def __call__(self, current: Tensor, here: Here) -> Tensor:
         factor = here.pick(self.factor, current)
         scaled = current * factor
-        if here.keys is not None:
-            scaled = torch.where(here.keys[:, None, None, :], scaled, current)
+        if here.marked is not None:
+            scaled = torch.where(here.marked, scaled, current)
         total = scaled.sum(dim=-1, keepdim=True)
         return torch.where(total > 0, scaled * (current.sum(dim=-1, keepdim=True) / total.clamp(min=1e-38)), scaled)
 
@@ -306,8 +337,8 @@ class Redistribute(Operation):
         return (self.share,)
 
     def __call__(self, current: Tensor, here: Here) -> Tensor:
-        assert here.keys is not None
-        given = here.keys[:, None, None, :]
+        given = here.marked
+        assert given is not None
         taking = ~given
         if self.to is not None:
             if here.window is None:

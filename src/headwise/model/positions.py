@@ -24,7 +24,22 @@ SCOPES = ("all", "prompt", "decode", "last")
 
 # Columns of one row, or of every row.
 SpanRows = Sequence[int] | Sequence[Sequence[int]] | slice
-Positions = str | int | slice | Sequence[int] | Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Columns of the prompt that lie in any of some scopes or spans, or (`outside`) in none of them.
+
+    Attributes:
+        named: words such as `span:NAME`, `last` or `first`.
+        outside: whether the other columns of the prompt are meant.
+    """
+
+    named: tuple[str, ...]
+    outside: bool = False
+
+
+Positions = str | int | slice | Sequence[int] | Tensor | Columns | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +84,10 @@ class Frame:
     @cached_property
     def columns(self) -> Int[Tensor, " column"]:
         return torch.arange(self.total, device=self.device)
+
+    @cached_property
+    def _marked(self) -> dict[Columns, Bool[Tensor, "batch column"]]:
+        return {}
 
     @cached_property
     def first(self) -> Int[Tensor, " batch"]:
@@ -121,6 +140,10 @@ class Frame:
             if positions == "first":
                 return self.columns == self.first[:, None]
             return self.in_scope(positions)
+        if isinstance(positions, Columns):
+            if positions not in self._marked:  # every layer of a forward asks for the same ones
+                self._marked[positions] = self._of_prompt(positions)
+            return self._marked[positions]
         if isinstance(positions, slice):
             return self._listed(positions).expand(self.batch, -1)
         if isinstance(positions, Tensor) and positions.dtype == torch.bool:
@@ -130,6 +153,15 @@ class Frame:
             self._require(int(position))
             chosen |= self.columns == self.absolute(position)[:, None]
         return chosen
+
+    def _of_prompt(self, columns: Columns) -> Bool[Tensor, "batch column"]:
+        prompt = self.in_scope("prompt")
+        assert prompt is not None
+        inside = torch.zeros_like(prompt)
+        for name in columns.named:
+            marked = self.select(name)
+            inside = torch.ones_like(inside) if marked is None else inside | marked
+        return prompt & (~inside if columns.outside else inside)
 
     def absolute(self, position: int) -> Int[Tensor, " batch"]:
         """Column of a position in each row; negative ones count from the row's last attended prompt token."""
@@ -245,7 +277,7 @@ def checked_positions(positions: Positions, what: str) -> Positions:
     Raises:
         InputError: a word that is none, fractions, or truth values in place of columns.
     """
-    if positions is None or isinstance(positions, slice):
+    if positions is None or isinstance(positions, (slice, Columns)):
         return positions
     if isinstance(positions, str):
         if positions != "first":
@@ -313,7 +345,7 @@ def locate_queries(frame: Frame, positions: Positions) -> Int[Tensor, "batch que
     """
     if positions is None:
         return torch.arange(frame.length, device=frame.device).expand(frame.batch, -1)
-    if not isinstance(positions, (str, int, slice, Tensor)):
+    if not isinstance(positions, (str, int, slice, Tensor, Columns)):
         for position in positions:
             frame._require(int(position))
         wanted = [frame.absolute(int(position)) - frame.past for position in positions]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxtyping import Float
@@ -89,6 +89,10 @@ class WritesOfRun:
         label = SiteId.parse(block).label
         found = next(each for each in self.writes.blocks if each.label == label)
         return self._way("mlp", label).forth(added / found.mlp_scale, self.scales, self.affines)
+
+    def at_last(self) -> WritesOfRun:
+        """The same for values at the last column alone."""
+        return replace(self, scales={name: scale[:, -1:] for name, scale in self.scales.items()})
 
     def _way(self, name: str, label: str | None = None) -> Way:
         ways = (block.ways[name] for block in self.writes.blocks if name in block.ways and label in (None, block.label))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
 from headwise.probes.item import Item, Passage
@@ -17,17 +18,18 @@ def _fewshot(random: Random, *, shots: int) -> Item:
     shuffled = [table[example] for example in examples]
     random.shuffle(shuffled)
     wrong = random.choice([output for output in table.values() if output != table[query]])
+    pairs = [(example, table[example]) for example in examples]
+    twin = asked(list(zip(examples, shuffled, strict=True)), query)
+    return asked(pairs, query).item(f" {table[query]}", twin=twin, foils=(f" {wrong}",), function=name, shots=shots)
 
-    def text(outputs: list[str]) -> Passage:
-        passage = Passage()
-        for index, (example, output) in enumerate(zip(examples, outputs, strict=True)):
-            passage.add("Q:").add(f" {example}", "input").add("\nA:")
-            passage.add(f" {output}", "output", *(("later_output",) if index else ())).add("\n")
-        return passage.add("Q:").add(f" {query}", "query").add("\nA:")
 
-    return text([table[example] for example in examples]).item(
-        f" {table[query]}", twin=text(shuffled), foils=(f" {wrong}",), function=name, shots=shots
-    )
+def asked(examples: Sequence[tuple[str, str]], query: str) -> Passage:
+    """The prompt that asks for the function of `query` behind examples of input and output, none or more."""
+    passage = Passage()
+    for index, (example, output) in enumerate(examples):
+        passage.add("Q:").add(f" {example}", "input").add("\nA:")
+        passage.add(f" {output}", "output", *(("later_output",) if index else ())).add("\n")
+    return passage.add("Q:").add(f" {query}", "query").add("\nA:")
 
 
 FEWSHOT = Probe(

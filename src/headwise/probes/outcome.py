@@ -28,6 +28,7 @@ from headwise.errors import InputError, Refusal
 from headwise.model.attached import AttachedModel
 from headwise.model.edit import Edit
 from headwise.model.finding.example import can_generate
+from headwise.model.positions import Columns
 from headwise.model.running.run import parameter_names
 from headwise.probes.batch import Batch
 from headwise.probes.encoding import Ids
@@ -119,7 +120,10 @@ def refuse_spans_in_the_decoder(model: AttachedModel, edits: Iterable[Edit]) -> 
     if _Form.of(model).kind != "encoder-decoder":
         return
     for edit in edits:
-        named = [each for each in (edit.scope, edit.queries, edit.keys) if isinstance(each, str) and "span:" in each]
+        words = [edit.scope]
+        for chosen in (edit.queries, edit.keys):
+            words += chosen.named if isinstance(chosen, Columns) else [chosen] if isinstance(chosen, str) else []
+        named = [each for each in words if "span:" in each]
         stacks = {site.stack for site in model.table.select(edit.heads).sites} - {"encoder"}
         if named and stacks:
             raise Refusal(
@@ -296,7 +300,9 @@ class _Run:
                 for name in inputs.keys() & {"input_ids", "position_ids"}:
                     inputs[name] = inputs[name][:, past.column :]
                 inputs["past_key_values"] = past.cache
-            output = self._forward(inputs, self.form.taken(logits_to_keep=tokens), use_cache=cached or past is not None)
+            with self.form.attached.prompted(self.batch.prompt_length):
+                keep = self.form.taken(logits_to_keep=tokens)
+                output = self._forward(inputs, keep, use_cache=cached or past is not None)
         else:
             answers = [self.form.start() + each.answer[:-1] for each in self.batch.items]
             ids, mask = self._right_padded(answers)

@@ -1,17 +1,18 @@
-"""Control sets: as many heads in the same layers, drawn from heads that are not under test."""
+"""Control sets: as many heads (or KV groups) in the same layers, drawn from those that are not under test."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from math import comb, prod
 from typing import Literal
 
 from headwise.errors import InputError
-from headwise.heads import Head, HeadSet, SiteId
+from headwise.heads import Head, HeadSet, KVGroup, SiteId
 
+Member = Head | KVGroup
 Match = Literal["layers", "neighbouring layers", "model"]
 
 FEWEST = 20
@@ -47,11 +48,11 @@ def matched_sets(heads: HeadSet, available: HeadSet, n: int, seed: int) -> Contr
     """
     if not heads or n < 1:
         raise InputError(f"matched_sets needs heads and a number of sets; got {len(heads)} heads and n={n}")
-    free = (available - heads).heads
+    free = (available - heads).members
     draw = random.Random(f"controls/{seed}/{','.join(heads.labels)}/{','.join(each.label for each in free)}")
     best = Controls((), "layers", True)
     for match in ("layers", "neighbouring layers", "model"):
-        pools = _pools(heads.heads, free, match)
+        pools = _pools(heads.members, free, match)
         found = _exact(pools, n, draw) if match == "layers" else _tried(pools, n, draw)
         if len(found.sets) > len(best.sets) or not best.sets:
             best = Controls(found.sets, match, found.exhausted)
@@ -66,7 +67,7 @@ class _Found:
     exhausted: bool
 
 
-def _pools(heads: Sequence[Head], free: Sequence[Head], match: Match) -> Mapping[SiteId, tuple[list[Head], int]]:
+def _pools(heads: Sequence[Member], free: Sequence[Member], match: Match) -> Mapping[SiteId, tuple[list[Member], int]]:
     """For each site of the tested heads: what may stand in for them, and how many are wanted."""
     sites: dict[SiteId, int] = {}
     for head in heads:
@@ -80,15 +81,15 @@ def _fits(other: SiteId, site: SiteId, match: Match) -> bool:
     return other.stack == site.stack and (match == "model" or abs(other.layer - site.layer) <= 1)
 
 
-def _exact(pools: Mapping[SiteId, tuple[list[Head], int]], n: int, draw: random.Random) -> _Found:
+def _exact(pools: Mapping[SiteId, tuple[list[Member], int]], n: int, draw: random.Random) -> _Found:
     """Sites do not share heads here, so the sets can be counted, and listed where they are few."""
     if prod(comb(len(pool), k) for pool, k in pools.values()) <= n:
         every = product(*(combinations(pool, k) for pool, k in pools.values()))
-        return _Found(tuple(HeadSet(tuple(head for part in parts for head in part)) for parts in every), True)
+        return _Found(tuple(_set(head for part in parts for head in part) for parts in every), True)
     return _tried(pools, n, draw)
 
 
-def _tried(pools: Mapping[SiteId, tuple[list[Head], int]], n: int, draw: random.Random) -> _Found:
+def _tried(pools: Mapping[SiteId, tuple[list[Member], int]], n: int, draw: random.Random) -> _Found:
     found: dict[HeadSet, None] = {}
     for each in _draws(pools, draw, PATIENCE * n):
         found.setdefault(each)
@@ -97,13 +98,17 @@ def _tried(pools: Mapping[SiteId, tuple[list[Head], int]], n: int, draw: random.
     return _Found(tuple(found), True)
 
 
-def _draws(pools: Mapping[SiteId, tuple[list[Head], int]], draw: random.Random, tries: int) -> Iterator[HeadSet]:
+def _draws(pools: Mapping[SiteId, tuple[list[Member], int]], draw: random.Random, tries: int) -> Iterator[HeadSet]:
     for _ in range(tries):
-        taken: set[Head] = set()
+        taken: set[Member] = set()
         for pool, k in pools.values():
             left = [head for head in pool if head not in taken]
             if len(left) < k:
                 break
             taken.update(draw.sample(left, k))
         else:
-            yield HeadSet(tuple(taken))
+            yield _set(taken)
+
+
+def _set(members: Iterable[Member]) -> HeadSet:
+    return HeadSet.parse(tuple(members))

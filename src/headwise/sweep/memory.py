@@ -13,7 +13,8 @@ from headwise.errors import InputError, Refusal
 from headwise.model.attached import AttachedModel
 from headwise.probes.encoding import ItemSet
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 TOKENS = {"cpu": 1024}
 """Most tokens of one forward: items and sets are batched up to it. What a layer works on should stay in the caches of a

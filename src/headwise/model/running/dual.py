@@ -7,6 +7,8 @@ what was chosen from the first stream's (combined) logits, whatever the search: 
     batch   both streams in one forward of 2B rows and one cache
     caches  the second stream runs first, on a cache of its own
 
+The second stream may lack a span of the prompt (`without`), as if its tokens had never been there.
+
 A cache that comes filled into the block is where both streams start. Inside it goes with both of them: in `batch` it
 holds 2B rows, in `caches` it has a companion, and reordering, cropping or copying it does the same to the second
 stream's part. When the block ends it is the first stream's cache and nothing else.
@@ -29,8 +31,10 @@ from headwise.model.edit import Edit
 from headwise.model.positions import SpanRows
 from headwise.model.running.caches import Caches
 from headwise.model.running.plan import Layer
+from headwise.model.running.requirements import require_span
 from headwise.model.running.run import Run, parameter_names
 from headwise.model.running.runner import Runner
+from headwise.model.running.without import gapped, require_gaps
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Combine = Callable[[Tensor, Tensor], Tensor]
@@ -44,13 +48,17 @@ _NESTED = ("attention_mask", "encoder_outputs")
 class Dual:
     """An open dual run. `first` and `second` are the logits of the latest forward, before `combine`."""
 
-    def __init__(self, runner: Runner, combine: Combine | None, mode: str, opened: Opened) -> None:
+    def __init__(
+        self, runner: Runner, combine: Combine | None, mode: str, without: str | None, edits: tuple[Edit, ...]
+    ) -> None:
         self.first: Tensor | None = None
         self.second: Tensor | None = None
         self.shared_batch = mode == "batch"
         self._runner = runner
         self._combine = combine
-        self._opened = opened
+        self._without = without
+        self._from_the_first = any("first" in (edit.keys, getattr(edit.operation, "to", None)) for edit in edits)
+        self.opened = Opened()
         self._caches = Caches()
         self._n_rows = 0
         self._second_output: Any = None
@@ -58,7 +66,12 @@ class Dual:
     @property
     def fired(self) -> tuple[Fired, ...]:
         """What the second stream's edits met in the latest run."""
-        return self._opened.fired
+        return self.opened.fired
+
+    @property
+    def combines(self) -> bool:
+        """Whether the logits that a run returns are made of both streams'."""
+        return self._combine is not None
 
     def enter(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], enter: Callable[..., None]) -> Arguments:
         """A forward of the whole model begins: widen its batch, or run the second stream first.
@@ -78,12 +91,12 @@ class Dual:
             self._caches.widen(cache, self._n_rows)
             run.stream = "both"
             enter(args, kwargs)
-            return args, kwargs
+            return args, self._lacking(run, kwargs, beside=True)
         enter(args, kwargs)
-        beside = kwargs
+        beside = self._lacking(run, kwargs, beside=False)
         if cache is not None:
             companion = self._caches.companion(cache)
-            beside = {**kwargs, "past_key_values": companion}
+            beside = {**beside, "past_key_values": companion}
             if (known := self._runner.known_prompt(cache)) is not None:
                 self._runner.prompts.setdefault(companion, known)
         run.stream = "second"
@@ -91,6 +104,18 @@ class Dual:
         run.stream = "first"
         run.again()
         return args, kwargs
+
+    def _lacking(self, run: Run, kwargs: dict[str, Any], *, beside: bool) -> dict[str, Any]:
+        if self._without is None:
+            return kwargs
+        frame = run.open[-1].frame
+        first = frame is not None and frame.span(self._without).gather(1, frame.first[:, None])
+        if self._from_the_first and first is not False and bool(first.any()):
+            raise Refusal(
+                f"span {self._without!r} holds a row's first token, and an edit of the second stream is of it; "
+                "leave one of both out"
+            )
+        return gapped(self._runner.model, kwargs, frame, self._without, beside=beside)
 
     def leave(self, run: Run, output: Any) -> Any:
         """The forward ends: part the streams, and give out the first one with the combined logits.
@@ -132,6 +157,7 @@ def open_dual(
     second: Sequence[Edit],
     combine: Combine | None,
     mode: str,
+    without: str | None,
     spans: Mapping[str, SpanRows],
     prompt_length: int | None,
     strict: bool,
@@ -139,7 +165,8 @@ def open_dual(
     """The block behind `AttachedModel.dual`.
 
     Raises:
-        InputError: a mode that does not exist, or a `combine` that cannot be called.
+        InputError: a mode that does not exist, a `combine` that cannot be called, a span that was not given.
+        Refusal: a model of which no span can be left out.
         PlanConflict: a dual run is open already, or what a plan may conflict with.
     """
     if mode not in MODES:
@@ -147,10 +174,13 @@ def open_dual(
     if combine is not None and not callable(combine):
         raise InputError(f"combine= takes a function of two logits tensors, not {type(combine).__name__}")
     edits = tuple(dataclasses.replace(edit, stream="second") for edit in second)
-    opened = Opened()
-    dual = Dual(runner, combine, mode, opened)
+    if without is not None:
+        require_span(f"span:{without}", runner.named_spans(spans))
+        with runner.unplanned():
+            require_gaps(runner.model)
+    dual = Dual(runner, combine, mode, without, edits)
     try:
-        with runner.open(Layer((), edits, dict(spans), prompt_length, strict, opened, dual)):
+        with runner.open(Layer((), edits, dict(spans), prompt_length, strict, dual.opened, dual)):
             yield dual
     finally:
         dual.close()

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from numbers import Real
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -24,6 +23,7 @@ from headwise.model.capture import Opened
 from headwise.model.edit import Edit
 from headwise.model.finding.recording import quietly
 from headwise.model.proving.patient import columns_of
+from headwise.model.running.affine import NO_OFFSET, affine_map, fixed, parts_of
 from headwise.model.running.compiled import forget_graphs
 from headwise.model.running.in_place import require_in_place
 from headwise.model.running.plan import Layer, Placed, Plan
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from headwise.model.attached import AttachedModel
 
 GAIN, OFFSET = "headwise_gain", "headwise_offset"
-NO_OFFSET = -0.0  # x + 0.0 would turn -0.0 into 0.0; x - 0.0 keeps every bit of x
 
 
 class Lowered:
@@ -105,7 +104,7 @@ class Lowered:
     def _require_lane(self, label: SiteId, edits: tuple[Edit, ...]) -> None:
         if label not in self._lanes:
             site = self._table.site(label)
-            why = _why_not(site, self._table) or "model.lowered(...) was not asked for it"
+            why = why_no_lane(site, self._table) or "model.lowered(...) was not asked for it"
             raise InputError(f"{label.label} is not lowered here ({why}); lowered are {', '.join(self.sites)}")
         site = self._table.site(label)
         if site.gated and any(edit.point == "pre_gate" for edit in edits):
@@ -169,7 +168,7 @@ class Lane:
         offset = torch.full((self.width,), NO_OFFSET, dtype=torch.float64)
         for placed in listed:
             columns = columns_of(self.site)[list(placed.heads)].cpu()
-            factor, term = _affine(placed, torch.zeros(1, 1, *columns.shape, dtype=self.dtype))
+            factor, term = affine_map(placed, torch.zeros(1, 1, *columns.shape, dtype=self.dtype))
             gain[columns] = factor * gain[columns]
             offset[columns] = torch.where(factor == 0, term, factor * offset[columns] + term)
         return gain, offset
@@ -256,7 +255,7 @@ def _lanes(attached: AttachedModel, heads: Any) -> dict[SiteId, Lane]:
     """
     table = attached.table
     sites = [table.site(label) for label in attached.heads(heads).sites]
-    reasons = {site.label: why for site in sites if (why := _why_not(site, table))}
+    reasons = {site.label: why for site in sites if (why := why_no_lane(site, table))}
     if reasons and (heads is not None or len(reasons) == len(sites)):
         refused, why = next(iter(reasons.items()))
         raise Refusal(f"{refused} cannot be lowered: {why}; use model.editing() on the uncompiled model")
@@ -280,7 +279,7 @@ def _lanes(attached: AttachedModel, heads: Any) -> dict[SiteId, Lane]:
     }
 
 
-def _why_not(site: Site, table: SiteTable) -> str:
+def why_no_lane(site: Site, table: SiteTable) -> str:
     """Why a site cannot be lowered; empty if it can."""
     if not site.capabilities["separable"]:
         return site.capabilities["separable"].reason
@@ -305,9 +304,9 @@ def _require_lowerable(edit: Edit) -> None:
         why = "it is for some positions or rows only"
     elif edit.stream != "first":
         why = "it is for the second stream of a dual run"
-    elif not isinstance(edit.operation, (op.Set, op.Scale, op.Add, op.Mix, op.Mean)) or not all(map(_fixed, values)):
+    elif not isinstance(edit.operation, (op.Set, op.Scale, op.Add, op.Mix, op.Mean)) or not all(map(fixed, values)):
         why = "its values change with the run or the position"
-    elif any(isinstance(part, Tensor) and part.requires_grad for value in values for part in _parts(value)):
+    elif any(isinstance(part, Tensor) and part.requires_grad for value in values for part in parts_of(value)):
         why = "a value asks for a gradient, which does not pass through a buffer (pass value.detach() if none is meant)"
     else:
         return
@@ -317,55 +316,7 @@ def _require_lowerable(edit: Edit) -> None:
     )
 
 
-def _fixed(value: op.Value) -> bool:
-    return all(isinstance(part, (Real, Tensor)) for part in _parts(value))
-
-
-def _parts(value: op.Value) -> list[Any]:
-    return list(value.values()) if isinstance(value, dict) else [value]
-
-
 def _placed(plan: Plan, label: SiteId) -> list[Placed]:
     """The z edits of one site, in order; they are all of one point, or of two that are the same there."""
     operations = plan.sites.get(label)
     return [] if operations is None else [placed for listed in operations.edits.values() for placed in listed]
-
-
-def _affine(placed: Placed, like: Float[Tensor, "1 1 head dim"]) -> tuple[Tensor, Tensor]:
-    """The factor and the term, each `[head, dim]` in fp64, that an edit comes down to on z of the type of `like`."""
-    here = op.Here(
-        placed.site,
-        placed.site.label,
-        placed.heads,
-        placed.names,
-        placed.slots,
-        placed.count,
-        layout="values",
-        window=None,
-        items=torch.zeros(1, dtype=torch.long),
-        batch=1,
-        span=1,
-    )
-
-    def picked(value: op.Value) -> Tensor:
-        """The number that an edit would use: a tensor is taken to the type of z first, a number is not."""
-        return torch.as_tensor(here.pick(value, like), dtype=torch.float64).expand_as(like)[0, 0]
-
-    operation, one, none = placed.edit.operation, torch.tensor(1.0), torch.tensor(NO_OFFSET)
-    factor: Tensor
-    term: Tensor
-    match operation:
-        case op.Scale(value):
-            factor, term = picked(value), none
-        case op.Add(value):
-            factor, term = one, picked(value)
-        case op.Mix(value, weight):
-            factor, term = 1 - picked(weight), picked(weight) * picked(value)
-        case op.Set(value):
-            factor, term = 0 * one, picked(value)
-        case _:
-            factor, term = 0 * one, operation(like, here).double()  # type: ignore[union-attr]
-    strength = picked(placed.edit.strength)
-    kept = torch.where(strength == 1, factor, strength * (factor - 1) + 1)
-    shape = like.shape[2:]
-    return kept.double().expand(shape), (strength * term).double().expand(shape)

@@ -14,7 +14,7 @@ from headwise.model import edit as edits_module
 from headwise.model import read as reads_module
 from headwise.model.capture import Captured, Fired, Opened
 from headwise.model.edit import Edit
-from headwise.model.operations import Layout, check_value
+from headwise.model.operations import Layout, Received, check_value
 from headwise.model.positions import SpanRows, checked_span
 from headwise.model.read import Read
 from headwise.model.running.compiled import hint
@@ -26,6 +26,7 @@ from headwise.model.table import SiteTable, Want
 
 if TYPE_CHECKING:
     from headwise.model.running.dual import Dual
+    from headwise.model.running.rescoring import Rescoring
 
 AT_PROJECTION = frozenset({"z_projection", "gate_projection", "write"})
 FINAL = SiteId(layer=0)  # where the final norm's scale is filed
@@ -45,6 +46,7 @@ class Placed:
     calls: int = 0
     came: bool = False  # whether its steps and its branch have come
     positions: list[int | Tensor] = field(default_factory=list)
+    affine: tuple[Any, Any] | None = None  # kept by `affine.affinely`
 
     def met(self, positions: int | Tensor) -> None:
         self.calls += 1
@@ -124,6 +126,7 @@ class Layer:
     opened: Opened
     dual: Dual | None = None
     denoising: Denoising | None = None
+    rescoring: Rescoring | None = None
     opened_at: int = 0  # how many runs the model had made when the block was entered
     settled: set[tuple[int, SiteId]] = field(default_factory=set)  # what fired in the block, or was reported
     came: set[tuple[int, SiteId]] = field(default_factory=set)  # whose steps and branch came
@@ -244,7 +247,8 @@ class Plan:
 
     def _place_edit(self, edit: Edit, layer: Layer) -> None:
         for name in (edit.when.place, edit.queries, edit.keys, getattr(edit.operation, "to", None)):
-            require_span(name, self._known_spans)
+            if not isinstance(name, Received):
+                require_span(name, self._known_spans)
         require_loop(self.denoising, edit.when, repr(edit))
         if edit.stream == "second" and not self._dual:
             raise InputError(f"{edit!r} is for the second stream; open one with model.dual(...)")

@@ -8,7 +8,8 @@ from headwise.errors import InputError, Refusal
 from headwise.model import edit as edits_module
 from headwise.model.edit import Edit
 from headwise.model.finding.sublayers import Block
-from headwise.model.positions import Positions
+from headwise.model.operations import Received
+from headwise.model.positions import Columns, Positions
 from headwise.model.read import Read
 from headwise.model.running.spans import refuse_other_kinds
 from headwise.model.site import Site
@@ -41,7 +42,7 @@ def require_edit(site: Site, edit: Edit) -> None:
     what = f"edit.{edit.name}"
     refuse_other_kinds(site, what, edit.when.place, site.key_spans if on_keys else None)
     refuse_other_kinds(site, what, edit.queries)
-    for keys in (edit.keys, getattr(edit.operation, "to", None)):
+    for keys in (None if isinstance(edit.keys, Received) else edit.keys, getattr(edit.operation, "to", None)):
         refuse_other_kinds(site, what, keys, site.key_spans)
 
 
@@ -94,6 +95,10 @@ def require_block(block: Block, variable: str) -> None:
 
 def require_span(name: Positions, known: Collection[str]) -> None:
     """Raises InputError for a named span that was not given with the block."""
+    if isinstance(name, Columns):
+        for each in name.named:
+            require_span(each, known)
+        return
     if not isinstance(name, str) or not name.startswith("span:"):
         return
     name = name.removeprefix("span:")

@@ -28,9 +28,11 @@ from headwise.model.attention.rows import (
     visible,
 )
 from headwise.model.attention.statistics import STATISTICS, RowStatistics, row_statistics
+from headwise.model.operations import Received
 from headwise.model.positions import Window
 from headwise.model.running import valuework
 from headwise.model.running.plan import Operations, Placed
+from headwise.model.running.received import find_received, received_keys
 from headwise.model.running.valuework import Stage
 
 VARIABLES = ("rows", "scores", "statistics")
@@ -45,6 +47,9 @@ def serve(call: AttentionCall, z: Tensor, operations: Operations, stage: Stage) 
         return torch.cat([serve(call.of_rows(slice(len(first))), first, operations, stage.of("first")), second])
     listed = operations.edits.get("rows", [])
     edits = valuework.of_stream(listed, stage)
+    for placed in in_order(edits):
+        if isinstance(placed.edit.keys, Received):
+            find_received(call, placed, partial(_rows_before, placed, call, edits, stage), stage)
     reads = [placed for name in ("scores", "rows", "statistics") for placed in operations.reads.get(name, [])]
     if stage.stream == "second":
         reads = []
@@ -90,6 +95,21 @@ def edited_rows(
     return scored, pattern
 
 
+def in_order(edits: Sequence[Placed]) -> list[Placed]:
+    """Edits in the order in which rows meet them: scores first, then patterns."""
+    return sorted(edits, key=lambda placed: placed.edit.variable == "pattern")
+
+
+def _rows_before(
+    placed: Placed, call: AttentionCall, edits: Sequence[Placed], stage: Stage, queries: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The pattern of an edit's heads as the edits before it left it, and what is visible."""
+    ordered = in_order(edits)
+    before = ordered[: [each is placed for each in ordered].index(True)]
+    scored, pattern = edited_rows(call, placed.heads, queries, before, stage)
+    return pattern.weights, visible(scored)
+
+
 def _rows_again(
     call: AttentionCall, edits: Sequence[Placed], stage: Stage, variable: str, heads: Sequence[int], queries: Tensor
 ) -> Tensor:
@@ -113,7 +133,9 @@ def _applied(rows: Tensor, seen: Tensor, heads: Sequence[int], queries: Tensor, 
     )
     edit, window = placed.edit, stage.window
     keys = None
-    if edit.keys is not None:
+    if isinstance(edit.keys, Received):
+        keys = received_keys(placed, stage)[:, kept]
+    elif edit.keys is not None:
         if window is None:
             raise Refusal(f"edit.{edit.name}: key columns cannot be told at {stage.id.label}; leave keys= out")
         keys = window.keys(window.key_frame.select(edit.keys))
@@ -125,8 +147,8 @@ def _applied(rows: Tensor, seen: Tensor, heads: Sequence[int], queries: Tensor, 
     )
     result = valuework.blended(placed_here, edit.operation(current, here), current, here)
     where = None if chosen is None else chosen[:, None, :, None]
-    if keys is not None and not edit.operation.chooses_keys:
-        where = keys[:, None, None, :] if where is None else where & keys[:, None, None, :]
+    if here.marked is not None and not edit.operation.chooses_keys:
+        where = here.marked if where is None else where & here.marked
     if where is not None:
         result = torch.where(where, result, current)
     return rows.index_copy(1, torch.tensor(local, device=rows.device), result)

@@ -58,6 +58,7 @@ class Run:
     """From the entry into the outermost forward or `generate` to its return.
 
     Attributes:
+        received: by edit, site and stream, the keys that took much of the prompt's attention (see `received.py`).
         prompt: length of the prompt where it is known beforehand (`generate`, or given with the plan).
         attended: the 2-D attention mask that `generate` was given.
         stream: in a dual run, whose rows a forward holds; `unparted` outside the model's own forward. Else None.
@@ -91,6 +92,7 @@ class Run:
     shapes: dict[SiteId, tuple[int, int]] = field(default_factory=dict)
     lengths: dict[SiteId, Mapping[str, int]] = field(default_factory=dict)
     calls: dict[str, dict[int, int]] = field(default_factory=dict)
+    received: dict[Any, Tensor] = field(default_factory=dict)
     replays: dict[int, int] = field(default_factory=dict)
 
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from headwise.model.running.compiled import hint, leave_graph
 from headwise.model.running.engine import Engine, in_backward
 from headwise.model.running.plan import Layer, Plan
 from headwise.model.running.run import Opening, Run, named_arguments
+from headwise.model.running.searches import refuse_search
 from headwise.model.site import Site
 from headwise.model.table import SiteTable
 
@@ -55,7 +56,10 @@ class Runner:
         self._replayable: Run | None = None
         self._unanswered = 0
         self._runs = 0
+        self.prompt_length: int | None = None
+        """Where the prompt of a forward ends, if neither its plan nor `generate` says so."""
         self._dual: Any = None
+        self._rescoring: Any = None
         self._undo: list[Callable[[], None]] = []
         self._connect()
 
@@ -85,6 +89,8 @@ class Runner:
             self._refuse_conflicts()
             if layer.dual is not None and self._dual is not None:
                 raise PlanConflict("a dual run is open already; two streams are all there are")
+            if layer.dual is not None or layer.rescoring is not None:
+                self._refuse_second_contrast(layer)
             if layer.denoising is not None and self._layers and self._engine is not None:
                 self._refuse_second_loop()
             if layer.dual is not None and any(open.denoising is not None for open in self._layers):
@@ -114,6 +120,10 @@ class Runner:
             if self._runs == layer.opened_at:
                 raise NotFired(f"nothing ran inside this block, so what it asked for did not happen{hint()}")
             engine.plan.finish_layer(layer)
+
+    def _refuse_second_contrast(self, layer: Layer) -> None:
+        if self._rescoring is not None or (layer.rescoring is not None and self._dual is not None):
+            raise PlanConflict("logits are contrasted already, with layers or a second stream; leave that block first")
 
     def _refuse_second_loop(self) -> None:
         if self._plan.denoising is not None:
@@ -145,6 +155,7 @@ class Runner:
             raise
         self._layers = layers
         self._dual = next((layer.dual for layer in layers if layer.dual is not None), None)
+        self._rescoring = next((layer.rescoring for layer in layers if layer.rescoring is not None), None)
         self._put_on(engine)
 
     def _take_off(self) -> None:
@@ -230,6 +241,8 @@ class Runner:
             if self._dual is not None and path == "":
                 return self._dual.enter(run, args, kwargs, enter)
             enter(args, kwargs)
+            if self._rescoring is not None and path == "":
+                self._rescoring.enter(run.open[-1].arguments)
             return None
 
         return hook
@@ -245,9 +258,12 @@ class Runner:
                 self._end(run, failed=True)
             return None
         self._remember_prompt(opening, output)
-        if self._dual is not None and module is self.model and not failed:
+        if (self._dual or self._rescoring) is not None and module is self.model and not failed:
             try:
-                output = self._dual.leave(run, output)
+                if self._dual is not None:
+                    output = self._dual.leave(run, output)
+                else:
+                    output = self._rescoring.leave(opening.arguments, output)
             except BaseException:
                 if run.outermost is module:
                     self._end(run, failed=True)
@@ -265,6 +281,8 @@ class Runner:
                 self._end(run, failed=True)  # no forward generates: this one was cut short by Ctrl-C
             if self._run is not None:
                 return generate(*args, **kwargs)
+            if self._rescoring is not None or (self._dual is not None and self._dual.combines):
+                refuse_search(self.model, args, kwargs)
             inputs = next((v for v in (*args[:1], *map(kwargs.get, _INPUTS)) if isinstance(v, Tensor)), None)
             config = getattr(self.model, "config", None)
             decoder_only = not getattr(config, "is_encoder_decoder", False)
@@ -307,7 +325,8 @@ class Runner:
             if self._engine is not None:
                 self._engine.require_in_place()
             run.outermost = outermost
-            run.prompt = run.prompt if run.plan.prompt_length is None else run.plan.prompt_length
+            lengths = (run.plan.prompt_length, run.prompt, self.prompt_length)
+            run.prompt = next((length for length in lengths if length is not None), None)
             run.checkpointing = (self.model.training or is_denoiser(self.model)) and any(
                 getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
             )
@@ -369,6 +388,10 @@ class Runner:
         if cache is not None and opening.frame is not None and cache not in self.prompts:
             self.prompts[cache] = opening.frame.prompt
 
+    def named_spans(self, given: Mapping[str, Any]) -> set[str]:
+        """The spans that a block may name: those given with it, and those of open plans."""
+        return {*given, *(() if self._engine is None else self._engine.plan.spans)}
+
     # -- taking off ---
 
     @property
@@ -395,6 +418,21 @@ class Runner:
             yield
         finally:
             self._connect()
+
+    @contextmanager
+    def unplanned(self) -> Iterator[None]:
+        """Inside the block no plan is open: what runs there is none of the user's runs. Raises PlanConflict mid-run."""
+        with self._lock:
+            self._refuse_conflicts()
+            layers, owner, runs = self._layers, self._owner, self._runs
+            self._put([])
+            self._layers = []
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._put(layers)
+                self._owner, self._runs = owner, runs
 
     def close(self) -> None:
         """Take everything off. Raises PlanConflict mid-run."""

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from headwise.errors import InputError, Refusal
-from headwise.model.positions import Positions, SpanRows, Window
+from headwise.model.positions import Columns, Positions, SpanRows, Window
 from headwise.model.site import Site
 
 IMAGE, TEXT = "image", "text"
@@ -77,6 +77,10 @@ def kinds_of_queries(window: Window | None, names: Sequence[str], n_rows: int) -
 
 def refuse_other_kinds(site: Site, what: str, selector: Positions, kinds: tuple[str, ...] | None = None) -> None:
     """Raise InputError for a span of tokens that a site's queries (or its keys, of these `kinds`) are not of."""
+    if isinstance(selector, Columns):
+        for each in selector.named:
+            refuse_other_kinds(site, what, each, kinds)
+        return
     if not isinstance(selector, str) or not selector.startswith("span:"):
         return
     kind = selector.removeprefix("span:").partition(".")[0]

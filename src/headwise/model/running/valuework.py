@@ -17,6 +17,7 @@ from headwise.model.capture import Moment
 from headwise.model.edit import Edit
 from headwise.model.operations import Here, Layout
 from headwise.model.positions import Window, locate_queries
+from headwise.model.running.affine import affinely
 from headwise.model.running.plan import Placed
 from headwise.model.running.run import Place, Run, Stream
 from headwise.model.site import Site
@@ -73,6 +74,10 @@ def edited(x: Values, listed: Sequence[Placed], stage: Stage, *, keys: bool = Fa
         second = edited(second, listed, stage.of("second"), keys=keys)
         return torch.cat([edited(first, listed, stage.of("first"), keys=keys), second])
     for placed in of_stream(listed, stage):
+        if (at_once := affinely(placed, x)) is not None:
+            x = at_once(x)
+            placed.met(x.shape[0] * x.shape[1])
+            continue
         chosen = positions_of(placed, stage, keys=keys)
         if chosen is not None and not bool(chosen.any()):
             placed.met(0)

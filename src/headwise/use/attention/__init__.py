@@ -1,0 +1,1 @@
+"""Where heads look: scores and patterns re-weighted."""

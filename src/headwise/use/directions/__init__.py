@@ -1,0 +1,1 @@
+"""Directions in what heads write, found or fitted."""

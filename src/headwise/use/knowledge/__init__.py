@@ -1,0 +1,1 @@
+"""Memory against context, and dated facts."""

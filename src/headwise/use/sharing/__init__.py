@@ -1,0 +1,1 @@
+"""Saving, cards, the hub, and the formats of others."""
