@@ -272,7 +272,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         wide = HeadAdapter(model.heads("L1H1"), adapter.down, adapter.up)
         with pytest.raises(Refusal, match="outside of L1H1"), wide(model):
             pass
-        with pytest.raises(InputError, match="trained for its own heads"):
+        with pytest.raises(Refusal, match="trained for its own heads"):
             adapter.on("L1H1")
         with pytest.raises(InputError, match="rank=0 must be"):
             fit_head_lora(model, "L1H0", items_of(model), rank=0)

@@ -166,7 +166,7 @@ def test_groups_move_to_groups() -> None:
 
 def test_what_was_trained_for_its_heads_has_no_random_ones() -> None:
     adapter = HeadAdapter(HeadSet.parse("L1H2"), {"q": torch.ones(1, 4)}, {"q": torch.ones(4, 1)})
-    with pytest.raises(Refusal, match="was trained for its heads"):
+    with pytest.raises(Refusal, match="trained for its own heads"):
         random_heads(organism(), adapter, 3)
 
 

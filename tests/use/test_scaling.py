@@ -80,7 +80,19 @@ def cases(model: hw.AttachedModel) -> dict[str, tuple[Intervention, dict[str, Ch
     }
 
 
-CASES = tuple(cases(built("llama")))
+CASES = (
+    "scaling",
+    "scaling by label",
+    "scaling by dimension",
+    "scaling to nothing",
+    "offset",
+    "removal",
+    "removal by mean",
+)
+
+
+def test_every_case_is_tried() -> None:
+    assert tuple(cases(built("llama"))) == CASES
 
 
 @pytest.mark.parametrize("case", CASES)

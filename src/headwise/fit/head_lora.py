@@ -81,12 +81,6 @@ class HeadAdapter(Intervention):
                     "of one rank in all layers"
                 )
 
-    def on(self, heads: Any) -> NoReturn:
-        """Raises Refusal: what was trained for some heads means nothing in others."""
-        raise Refusal(
-            f"{self.id} was trained for its heads; train one of others: fit_head_lora(control='random-heads')"
-        )
-
     @property
     def rank(self) -> int:
         return int(next(iter(self.down.values())).shape[0])
@@ -174,7 +168,10 @@ class HeadAdapter(Intervention):
         return Adapter(target, self.heads)
 
     def _renamed(self, to: Mapping[Any, Any]) -> NoReturn:
-        raise InputError(f"{self.id} was trained for its own heads; train one on others, fit_head_lora(control=...)")
+        """Raises Refusal: what was trained for some heads means nothing in others."""
+        raise Refusal(
+            f"{self.id} was trained for its own heads; train one on others: fit_head_lora(control='random-heads')"
+        )
 
 
 @dataclass(frozen=True, eq=False)

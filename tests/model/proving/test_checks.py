@@ -74,7 +74,15 @@ def edits_applied_twice(patch: Patch, attached: AttachedModel) -> None:
 
         return twice
 
+    def change_map(affinely: Callable[..., Any]) -> Callable[..., Any]:
+        def twice(placed: Placed, x: Tensor) -> Any:
+            once = affinely(placed, x)
+            return None if once is None else lambda x: once(once(x))
+
+        return twice
+
     _wrap(patch, valuework, "blended", change)
+    _wrap(patch, valuework, "affinely", change_map)
 
 
 def edits_counted_twice(patch: Patch, attached: AttachedModel) -> None:

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 import headwise as hw
 from headwise import use
 from headwise.heads import HeadSet
+from headwise.use.sharing.saved import read_saved
 
 
 @cache
@@ -100,7 +101,7 @@ def test_an_evaluation_is_shown_and_must_be_of_this(tmp_path: Path) -> None:
     found = use.evaluate(organism(), given, items, off_target=None, controls=2, samples=0)
     text = written(tmp_path, given, organism(), evidence=found).text
     assert str(found) in text
-    assert use.saved.read_saved(tmp_path / "it").evidence["target"] == found.to_dict()["target"]
+    assert read_saved(tmp_path / "it").evidence["target"] == found.to_dict()["target"]
     with pytest.raises(hw.InputError, match="the evidence is an evaluation of HeadScaling"):
         use.save(given.but(factor=0.5), tmp_path / "other", model=organism(), evidence=found)
     with pytest.raises(hw.InputError, match="the evidence is an evaluation of HeadScaling"):
