@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 import headwise as hw
@@ -9,18 +11,20 @@ from headwise.model.attached import AttachedModel
 from headwise.probes.encoding import ItemSet
 
 
-@pytest.fixture(scope="session")
-def organism() -> AttachedModel:
-    return hw.load("zoo:organism")
+@pytest.fixture(scope="module")
+def organism() -> Iterator[AttachedModel]:
+    with hw.load("zoo:organism") as model:
+        yield model
 
 
-@pytest.fixture(scope="session")
-def tiny() -> AttachedModel:
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[AttachedModel]:
     """Llama of random weights, 4 heads on 2 KV groups in each of its layers."""
-    return hw.load("zoo:tiny-llama")
+    with hw.load("zoo:tiny-llama") as model:
+        yield model
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def questions(tiny: AttachedModel) -> ItemSet:
     """Prompts of several lengths, with foils."""
     return hw.encode(hw.probe("ioi"), tiny.tokenizer, n=24)
