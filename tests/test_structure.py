@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = (
     "room",
     "errors",
+    "whole_file",
     "catalogue",
     "heads",
     "heatmap",

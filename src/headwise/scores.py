@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -28,6 +27,7 @@ from scipy import stats
 from headwise.errors import InputError
 from headwise.heads import Head, HeadSet, SiteId
 from headwise.heatmap import heat_maps
+from headwise.whole_file import write_whole
 
 FORMAT_VERSION = 1
 
@@ -339,8 +339,8 @@ class HeadScores:
             "item_ids": list(self.item_ids),
             "provenance": self.provenance.to_dict(),
         }
-        _write_whole(folder / "scores.safetensors", tensors)
-        _write_whole(folder / "scores.json", (json.dumps(description, indent=1, ensure_ascii=False) + "\n").encode())
+        write_whole(folder / "scores.safetensors", tensors)
+        write_whole(folder / "scores.json", (json.dumps(description, indent=1, ensure_ascii=False) + "\n").encode())
 
     @classmethod
     def load(cls, folder: str | Path) -> HeadScores:
@@ -444,15 +444,3 @@ def _require_unique(name: str, entries: tuple[Any, ...]) -> None:
 def _shortened(entries: Iterable[Any]) -> str:
     listed = list(entries)
     return ", ".join(map(repr, listed[:3])) + (f", ... ({len(listed)})" if len(listed) > 3 else "")
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

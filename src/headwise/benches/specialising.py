@@ -13,11 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +30,7 @@ from headwise.fit.training import Schedule
 from headwise.model.attached import AttachedModel
 from headwise.probes import Item, ItemSet, encode, probe
 from headwise.verify.statistics import mean_interval
+from headwise.whole_file import write_whole
 from headwise.words import word_list
 
 SEEDS = 5
@@ -205,15 +204,6 @@ percent interval over seeds. How: [Specialising](use/specialising.md).
 """
 
 
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A file beside the place, put there when it is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".partial")
-    yield beside
-    os.replace(beside, path)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Important-head training against plain training.")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where cells are kept")
@@ -229,8 +219,8 @@ def main(arguments: list[str] | None = None) -> None:
             except Refusal as refusal:
                 print(f"{name}: {refusal}", file=sys.stderr, flush=True)
                 break
-            with _whole(path) as beside:
-                beside.write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, (json.dumps(asdict(found), indent=2) + "\n").encode())
             print(f"{name}, seed {seed}: {found}", file=sys.stderr, flush=True)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from headwise.benches.specialising import stored as cells
 from headwise.benches.use_row import Bench, Row
 from headwise.benches.use_rows import USES
 from headwise.errors import HeadwiseError, InputError
+from headwise.whole_file import write_whole
 
 FOLDER = Path("benchmarks/uses")
 
@@ -89,10 +89,8 @@ class Stored:
     def put(self, name: str, row: Row) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         values = {key: _plain(value) for key, value in asdict(row).items()}
-        path = self._path(name)
-        beside = path.with_suffix(".partial")
-        beside.write_text(json.dumps({"seed": self.seed, "row": values}, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        text = json.dumps({"seed": self.seed, "row": values}, indent=2) + "\n"
+        write_whole(self._path(name), text.encode())
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"

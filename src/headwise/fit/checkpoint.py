@@ -9,7 +9,6 @@ The checkpoint is one file, put in place whole, so that a process killed at any 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from headwise.errors import InputError
+from headwise.whole_file import write_whole
 
 PARTS = ("parameters", "best", "moments")
 
@@ -64,7 +64,7 @@ class Folder:
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise InputError(f"{self.path} is there and holds no training; name a new or empty folder")
         self.path.mkdir(parents=True, exist_ok=True)
-        _write_whole(written, wanted.encode())
+        write_whole(written, wanted.encode())
 
     def read(self) -> Checkpoint | None:
         """What was saved last, or None. Raises InputError for a file that cannot be read."""
@@ -93,7 +93,7 @@ class Folder:
         }
         # repr of a float is read back as the same bits, and json writes it so.
         told = json.dumps({"losses": checkpoint.losses, "validations": checkpoint.validations})
-        _write_whole(self.path / "checkpoint.safetensors", save(tensors, metadata={"training": told}))
+        write_whole(self.path / "checkpoint.safetensors", save(tensors, metadata={"training": told}))
 
     def _compare(self, written: str, wanted: Mapping[str, Any]) -> None:
         try:
@@ -115,15 +115,3 @@ def _where(found: Any, wanted: Any) -> str:
     if isinstance(found.get(key), Mapping) and isinstance(wanted.get(key), Mapping):
         return _where(found[key], wanted[key])
     return f"{key} ({str(found.get(key))[:60]}, not {str(wanted.get(key))[:60]})"
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

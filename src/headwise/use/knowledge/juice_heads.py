@@ -38,12 +38,12 @@ from headwise.errors import InputError, Refusal
 from headwise.find.method import scored_sites
 from headwise.heads import HeadSet
 from headwise.metrics import Metric
+from headwise.model import edit
 from headwise.model.attached import AttachedModel
 from headwise.probes.encoding import ItemSet
 from headwise.probes.outcome import Outcome
-from headwise.sweep.knockout import KnockOut
+from headwise.sweep.edited import Edited
 from headwise.sweep.measuring import measure_sets
-from headwise.use.intervention import finite
 from headwise.use.knowledge.conflicts import refuse_shared
 from headwise.use.knowledge.juice import JUICE, JustRunOnce
 from headwise.use.tuning import Tuned, tuned
@@ -154,7 +154,7 @@ def juice_heads(
     def mean_change(items: ItemSet, alphas: Sequence[float]) -> Float[Tensor, "item head"]:
         total = torch.zeros(len(items), len(heads), dtype=torch.float64)
         for alpha in alphas:
-            values = measure_sets(model, items, sets, _Times(strength=-alpha), FIRST_TOKEN, tokens=tokens)
+            values = measure_sets(model, items, sets, _times(1 + alpha), FIRST_TOKEN, tokens=tokens)
             total += (values[1:] - values[0]).T
         return total / len(alphas)
 
@@ -197,12 +197,9 @@ def choose_juice(
     return tuned(model, [method(enhance, suppress, up, down) for up, down in pairs], validation)
 
 
-@dataclass(frozen=True, slots=True)
-class _Times(KnockOut):
-    """z times 1 - strength, for any strength: a knock-out that may overshoot, so that the sweep's engine serves it."""
-
-    def __post_init__(self) -> None:
-        finite(self.strength, "alpha")
+def _times(factor: float) -> Edited:
+    """z of a set of heads times a factor."""
+    return Edited(lambda heads, rows: edit.scale(heads, factor, rows=rows))
 
 
 def _first_token(outcome: Outcome, clean: Outcome | None = None) -> Float[Tensor, " item"]:
