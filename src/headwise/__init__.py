@@ -6,7 +6,7 @@
     with model.editing(hw.edit.zero("L1H2")):    # what happens without one
         model.generate(**inputs)
     model.doctor()                               # proof that both do what they say on this model
-    items = hw.encode(hw.probe("ioi"), model.tokenizer)      # questions with known answers
+    items = hw.encode(hw.probe("ioi"), model)      # questions with known answers
     hw.measure(model, items, edits=[hw.edit.zero("L1H2")])   # a number per item
 
 Names are looked up when they are first used, so that importing headwise does not wait for torch.

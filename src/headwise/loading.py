@@ -154,6 +154,7 @@ def _load_from_zoo(
     return attach(
         organism.model.to(place).eval(),
         tokenizer=organism.tokenizer,
+        processor=organism.processor,
         example={key: tensor.to(place) for key, tensor in organism.example.items()},
         name=name,
     )

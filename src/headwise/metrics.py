@@ -1,6 +1,6 @@
 """Metrics: one number per item from what a run of the model gave.
 
-    items = encode(probe("ioi"), model.tokenizer, n=64)
+    items = encode(probe("ioi"), model, n=64)
     measure(model, items)                                                 # the probe's own metric
     measure(model, items, "exact-match", edits=[hw.edit.zero("L1H2")])    # another one, under edits
 
@@ -27,7 +27,9 @@ from headwise.errors import InputError, Refusal
 from headwise.model.attached import AttachedModel
 from headwise.model.edit import Edit
 from headwise.probes.batch import Batch
-from headwise.probes.encoding import EncodedItem, Ids, ItemSet
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.encoding import ItemSet
+from headwise.probes.layout import Ids
 from headwise.probes.outcome import WANTS, Outcome, Want, observe, places, refuse_spans_in_the_decoder, refuse_two_sided
 from headwise.words import refusal_markers
 

@@ -1,11 +1,12 @@
-"""A small planted model, methods with known scores, and a short atlas of it."""
+"""A small planted model, methods with known scores, and a short atlas of it; and a model that sees, with its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,10 @@ from headwise.atlas.progress import Silent
 from headwise.find.method import Method, Scored, scored_sites
 from headwise.model.attached import AttachedModel
 from headwise.probes import probe
-from headwise.probes.encoding import ItemSet
+from headwise.probes.encoding import ItemSet, encode
+from headwise.probes.item import Item, Passage
+from headwise.probes.outcome import observe
+from headwise.probes.picture import Picture, Region
 from headwise.probes.stream import Probe
 from headwise.zoo.planted import planted
 
@@ -93,3 +97,92 @@ def run(model: AttachedModel) -> Callable[..., Atlas]:
 def finished(run: Callable[..., Atlas], tmp_path_factory: pytest.TempPathFactory) -> Atlas:
     """A finished atlas, not to be changed."""
     return run(tmp_path_factory.mktemp("finished") / "atlas")
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def drawn(seed: int, side: int = 32) -> Picture:
+    return Picture.drawn(np.random.default_rng(seed).integers(0, 255, (side, side, 3), dtype=np.uint8))
+
+
+def asked(model: AttachedModel, n: int, *, pictures: int = 1) -> tuple[Item, ...]:
+    """Questions that the model answers rightly, because the answer is what it says."""
+    found = []
+    for seed in range(n):
+        passage = Passage().add("<image> " * pictures).add(f"what is {10 + seed}", "question").add(" in?")
+        shown = tuple(drawn(seed + 100 * place) for place in range(pictures))
+        regions = {"left": Region(0, (0, 0, 16, 32)), "right": Region(0, (16, 0, 32, 32))} if pictures else {}
+        draft = passage.item("a", pictures=shown, regions=regions)
+        (batch,) = encode([draft.named("draft")], model).batches(1, answers=False)
+        logits = observe(model, batch, wants={"logits"}).logits
+        assert logits is not None
+        answer = model.tokenizer.decode([int(logits[0, 0].argmax())])
+        foil = "a" if answer != "a" else "b"
+        found.append(passage.item(answer, foils=(foil,), pictures=shown, regions=regions))
+    return tuple(found)
+
+
+def made_probe(id: str, items: Sequence[Item], *, in_prompt: bool = False) -> Probe:
+    return Probe(
+        id=id,
+        title=f"the probe {id}",
+        page="pictures.md",
+        make=lambda random: random.choice(items),
+        metric="logit-difference",
+        chance=0.0,
+        spans=("question",),
+        in_prompt=in_prompt,
+    )
+
+
+def one_that_sees() -> AttachedModel:
+    """A model of random weights that reads pictures, and writes nothing but letters."""
+    attached = hw.load("zoo:tiny-llava")
+    letters = [attached.tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in LETTERS]
+    head = attached.model.get_output_embeddings()
+    weight = torch.zeros_like(head.weight)
+    weight[letters] = head.weight[letters].detach()
+    head.weight = torch.nn.Parameter(weight)  # its own, where it was that of the embedding
+    return attached
+
+
+@pytest.fixture(scope="module")
+def seeing() -> Iterator[AttachedModel]:
+    with one_that_sees() as attached:
+        yield attached
+
+
+@pytest.fixture(scope="session")
+def ask() -> Callable[..., tuple[Item, ...]]:
+    return asked
+
+
+@pytest.fixture(scope="session")
+def probe_of() -> Callable[..., Probe]:
+    return made_probe
+
+
+@pytest.fixture(scope="module")
+def shown(seeing: AttachedModel) -> Probe:
+    """A behaviour of pictures that `seeing` solves."""
+    return made_probe("shown", asked(seeing, 40))
+
+
+@pytest.fixture(scope="module")
+def told(seeing: AttachedModel) -> Probe:
+    """A behaviour of text that `seeing` solves."""
+    return made_probe("told", asked(seeing, 40, pictures=0))
+
+
+@pytest.fixture(scope="module")
+def seen(
+    seeing: AttachedModel,
+    shown: Probe,
+    told: Probe,
+    run: Callable[..., Atlas],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Atlas:
+    """A finished atlas of a behaviour of pictures and one of text, not to be changed."""
+    methods = [made_method("by-place", probe="shown")]
+    return run(tmp_path_factory.mktemp("seen") / "atlas", seeing, probes=[shown, told], methods=methods)

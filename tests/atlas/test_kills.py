@@ -34,11 +34,9 @@ methods = [
            cost="none", probe="repeat", score=score)
     for id in ("one", "two")
 ]
-organism = planted("llama", layers=2, heads=4, circuits=("induction",), seed=0)
-model = hw.attach(organism.model, organism.tokenizer, example=organism.example, name="small")
+SETTING
 
 def run(folder):
-    probes = [probe("repeat").over(words=(8, 16)), "choice"]
     atlas(model, folder, probes=probes, methods=methods, items=16, controls=20, watching=Silent())
 
 out, kills = Path(sys.argv[1]), int(sys.argv[2])
@@ -66,11 +64,27 @@ print(done)
 """
 
 
+TEXT = """
+organism = planted("llama", layers=2, heads=4, circuits=("induction",), seed=0)
+model = hw.attach(organism.model, organism.tokenizer, example=organism.example, name="small")
+probes = [probe("repeat").over(words=(8, 16)), "choice"]
+"""
+
+PICTURES = """
+sys.path.insert(0, sys.argv[3])
+import conftest
+model = conftest.one_that_sees()
+probes = [conftest.made_probe("shown", conftest.asked(model, 40)), conftest.SHORT]
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_twenty_kills(tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", [TEXT, PICTURES], ids=["text", "pictures"])
+def test_twenty_kills(tmp_path: Path, setting: str) -> None:
+    here, driver = str(Path(__file__).parent), DRIVER.replace("SETTING", setting)
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(tmp_path), str(KILLS)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", driver, str(tmp_path), str(KILLS), here], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == KILLS

@@ -10,7 +10,8 @@ import pytest
 
 import headwise as hw
 from headwise.atlas import Atlas, Settings
-from headwise.atlas.planning import BY_REQUEST, OF_THE_ANSWER, Plan, is_tested, plan
+from headwise.atlas.asking import BY_REQUEST
+from headwise.atlas.planning import OF_THE_ANSWER, Plan, is_tested, plan
 from headwise.atlas.progress import announcement
 from headwise.errors import InputError, Refusal
 from headwise.find.method import Method
@@ -96,7 +97,7 @@ def test_a_probe_that_the_tokenizer_cannot_express_is_left_out_or_an_error_if_it
     with pytest.raises(InputError, match="longer than 256 tokens"):
         plan(model, SMALL, [long], [method("one")], None)
     entries = {"probes": (probe("ioi"), long, probe("text")), "methods": (method("one"), method(BY_REQUEST[0]))}
-    monkeypatch.setattr("headwise.atlas.planning.catalogue.entries", lambda kind: entries[kind])
+    monkeypatch.setattr("headwise.atlas.asking.catalogue.entries", lambda kind: entries[kind])
     planned = plan(model, SMALL, None, None, None)
     assert "longer than 256 tokens" in planned.manifest.left_out["needle"]
     assert [each.id for each in planned.manifest.probes] == ["ioi", "text"]

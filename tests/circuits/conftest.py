@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from headwise.probes.encoding import EncodedItem, EncodedTwin, ItemSet
+from headwise.probes.encoded import EncodedItem, EncodedTwin
+from headwise.probes.encoding import ItemSet
 from headwise.probes.item import Item
 from headwise.zoo.planted import Planted
 

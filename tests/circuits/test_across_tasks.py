@@ -14,7 +14,8 @@ from headwise.circuits.across_tasks import AcrossTasks, across_tasks
 from headwise.circuits.circuit import Circuit
 from headwise.circuits.tracing import graph_of
 from headwise.errors import InputError
-from headwise.probes.encoding import EncodedTwin, ItemSet
+from headwise.probes.encoded import EncodedTwin
+from headwise.probes.encoding import ItemSet
 from headwise.zoo.planted import Planted, planted
 
 Exchange = Callable[..., ItemSet]

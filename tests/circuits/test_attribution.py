@@ -20,7 +20,8 @@ from headwise.circuits.taps import Place, Taps
 from headwise.circuits.tracing import Traced, traced
 from headwise.errors import InputError, Refusal
 from headwise.metrics import metric
-from headwise.probes.encoding import EncodedItem, EncodedTwin, ItemSet, encode
+from headwise.probes.encoded import EncodedItem, EncodedTwin
+from headwise.probes.encoding import ItemSet, encode
 from headwise.probes.item import Item, Twin
 from headwise.probes.outcome import observe
 from headwise.zoo.planted import Planted, planted

@@ -22,7 +22,8 @@ from headwise.circuits.smallest import smallest
 from headwise.circuits.tracing import graph_of
 from headwise.errors import InputError, Refusal
 from headwise.metrics import METRICS
-from headwise.probes.encoding import EncodedItem, EncodedTwin, ItemSet
+from headwise.probes.encoded import EncodedItem, EncodedTwin
+from headwise.probes.encoding import ItemSet
 from headwise.probes.item import Item
 from headwise.scores import Provenance
 from headwise.zoo import build

@@ -18,7 +18,7 @@ from headwise.circuits.paths import path_patch
 from headwise.errors import InputError, Refusal
 from headwise.heads import Head
 from headwise.probes import ItemSet, encode, probe
-from headwise.probes.encoding import EncodedItem
+from headwise.probes.encoded import EncodedItem
 from headwise.probes.item import Item, Quote, Twin
 from headwise.zoo.planted import Planted, planted
 from headwise.zoo.tiny import build_tiny, tiny_types

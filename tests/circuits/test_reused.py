@@ -13,7 +13,7 @@ from headwise.circuits.overlap import Shared
 from headwise.circuits.paths import path_patch
 from headwise.circuits.reused import attend_to, repair, trace_back
 from headwise.errors import InputError, Refusal
-from headwise.probes.encoding import EncodedTwin
+from headwise.probes.encoded import EncodedTwin
 from headwise.zoo.planted import planted
 
 ARCHITECTURES = ("llama", "llama-gqa")

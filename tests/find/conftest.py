@@ -15,7 +15,8 @@ from torch import Tensor
 import headwise as hw
 from headwise.heads import SiteId
 from headwise.model.attached import AttachedModel
-from headwise.probes.encoding import EncodedItem, EncodedTwin, ItemSet
+from headwise.probes.encoded import EncodedItem, EncodedTwin
+from headwise.probes.encoding import ItemSet
 from headwise.probes.item import Item
 from headwise.zoo.planted import Planted, planted
 

@@ -16,7 +16,7 @@ from headwise.find import find
 from headwise.find.codes import METHODS, Training, codes, codes_of, shares_below, unique_codes
 from headwise.heads import HeadSet
 from headwise.probes import ItemSet, encode, probe
-from headwise.probes.encoding import EncodedItem, EncodedTwin
+from headwise.probes.encoded import EncodedItem, EncodedTwin
 from headwise.probes.item import Item
 from headwise.zoo.planted import Planted, planted
 

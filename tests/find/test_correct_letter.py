@@ -18,7 +18,8 @@ from headwise.find import find
 from headwise.find.correct_letter import _classed, correct_letter, letter_classes
 from headwise.heads import Head, SiteId
 from headwise.model.attached import AttachedModel
-from headwise.probes.encoding import EncodedItem, ItemSet
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.encoding import ItemSet
 
 BOS, ASK, LETTERS, MARKED = 1, 2, (8, 9, 10, 11), (12, 13, 14, 15)
 """Each letter has two tokens; the marked one stands where the right option does."""

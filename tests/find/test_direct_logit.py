@@ -20,7 +20,8 @@ from headwise.heads import HeadSet
 from headwise.metrics import metric
 from headwise.model.attached import AttachedModel
 from headwise.model.direct import direct_paths
-from headwise.probes.encoding import EncodedItem, ItemSet
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.encoding import ItemSet
 from headwise.probes.item import Item
 from headwise.probes.outcome import observe
 from headwise.scores import HeadScores

@@ -19,7 +19,8 @@ from headwise.find.fact_parts import GROUPS, METHODS, FactParts, fact_parts, fac
 from headwise.heads import Head, HeadSet
 from headwise.model.attached import AttachedModel
 from headwise.probes import encode, probe
-from headwise.probes.encoding import EncodedItem, ItemSet
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.encoding import ItemSet
 from headwise.probes.item import Item
 from headwise.sweep import KnockOut, measure_sets
 from headwise.zoo.planted import Planted

@@ -20,7 +20,8 @@ from headwise.heads import HeadSet, SiteId
 from headwise.metrics import cross_entropy
 from headwise.model.attached import AttachedModel
 from headwise.model.direct import plain_matrix
-from headwise.probes.encoding import EncodedItem, ItemSet
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.encoding import ItemSet
 from headwise.probes.item import Item
 from headwise.probes.outcome import observe
 from headwise.scores import HeadScores

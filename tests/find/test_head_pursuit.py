@@ -15,7 +15,8 @@ from headwise.find import find
 from headwise.find.head_pursuit import METHODS, answer_tokens, concept_tokens, head_pursuit, pursue
 from headwise.model.attached import AttachedModel
 from headwise.model.direct import direct_paths
-from headwise.probes.encoding import EncodedItem, ItemSet
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.encoding import ItemSet
 from headwise.probes.item import Item
 
 WORDS = (20, 33, 47)
@@ -183,3 +184,39 @@ def test_what_is_no_concept_is_refused() -> None:
             head_pursuit(model, items(), by="lens")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="tokenizer"):
         concept_tokens(None, "Rome")
+
+
+def captions() -> ItemSet:
+    """Answers of several tokens, some of them words of the concept, each time elsewhere."""
+    answers = ((20, 9, 33), (9, 20), (8, 8, 47, 20), (9,))
+    rows = [
+        EncodedItem(Item(prompt="", answer="", id=f"c{n}"), tuple(p), a, (), (), {}, None)
+        for n, (p, a) in enumerate(zip(([1, 9, 10, 11], [1, 12], [1, 40, 9], [1, 41, 8, 42, 43]), answers, strict=True))
+    ]
+    return ItemSet("made", tuple(rows), {}, "cross-entropy", pad=0)
+
+
+@pytest.mark.parametrize("at", ["answer", "concept"])
+def test_writes_before_the_tokens_of_a_caption(model: AttachedModel, at: Any) -> None:
+    """Against every text by itself, cut before each such token."""
+    given = captions()
+    made = ItemSet("made", given.items[:3], {}, "cross-entropy", pad=0)
+    ids = answer_tokens(made)  # 20, 9 and 8: the answers' first tokens
+    rows = []
+    for each in made:
+        for place, token in enumerate(each.answer):
+            if at == "answer" or token in ids:
+                with torch.no_grad(), model.reading(hw.read.write("L1")) as got:
+                    model(input_ids=torch.tensor([each.prompt + each.answer[:place]]))
+                rows.append(got.write["L1"][0, -1])
+    network: Any = model.model
+    dictionary = direct_paths(model).of_rows(network.get_output_embeddings().weight.detach()[ids])["L1"]
+    expected = [pursue(torch.stack(rows)[:, head], dictionary, 2).ratio for head in range(rows[0].shape[0])]
+    scores = find(METHODS[0], model, made, atoms=2, at=at)
+    assert [float(scores.of(f"L1H{head}")[0]) for head in range(len(expected))] == pytest.approx(expected, abs=1e-4)
+    assert len(rows) == (9 if at == "answer" else 7)
+
+
+def test_a_concept_that_no_answer_has_comes_before_nothing(model: AttachedModel) -> None:
+    with pytest.raises(InputError, match="no answer"):
+        head_pursuit(model, items(), concept="~", at="concept")

@@ -15,7 +15,8 @@ from headwise.find.hydra import METHODS, full_attention_groups, hydra
 from headwise.heads import HeadSet, SiteId
 from headwise.model.attached import AttachedModel
 from headwise.probes import encode, probe
-from headwise.probes.encoding import EncodedItem, EncodedTwin, ItemSet
+from headwise.probes.encoded import EncodedItem, EncodedTwin
+from headwise.probes.encoding import ItemSet
 from headwise.probes.item import Item
 from headwise.scores import HeadScores, Provenance
 from headwise.zoo.planted import Planted

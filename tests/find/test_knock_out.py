@@ -15,7 +15,8 @@ from headwise.errors import InputError, Refusal
 from headwise.find import find
 from headwise.find.knock_out import METHODS, knock_out
 from headwise.model.attached import AttachedModel
-from headwise.probes.encoding import EncodedItem, ItemSet
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.encoding import ItemSet
 from headwise.probes.item import Item
 from headwise.scores import HeadScores
 from headwise.sweep.knockout import reference_of

@@ -18,7 +18,8 @@ from headwise.find.reasoning import chain_of_thought, chain_of_thought_copy
 from headwise.heads import SiteId
 from headwise.model.attached import AttachedModel
 from headwise.probes import encode, probe
-from headwise.probes.encoding import EncodedItem, EncodedTwin, ItemSet
+from headwise.probes.encoded import EncodedItem, EncodedTwin
+from headwise.probes.encoding import ItemSet
 from headwise.zoo.planted import planted
 
 Row = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[Sequence[int]]]

@@ -21,7 +21,8 @@ from headwise.find.retrieval import METHODS, Counting, retrieval_score
 from headwise.model.attention.rows import score_rows
 from headwise.model.running import rowwork
 from headwise.probes import probe
-from headwise.probes.encoding import EncodedItem, ItemSet, encode
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.encoding import ItemSet, encode
 from headwise.probes.item import Item
 from headwise.zoo.planted import Planted, planted
 

@@ -16,7 +16,8 @@ from headwise.errors import InputError, Refusal
 from headwise.find import find
 from headwise.find.retrieval_proxy import METHODS, PROXIES, copy_score, needle_hits, needle_mass
 from headwise.probes import probe
-from headwise.probes.encoding import EncodedItem, ItemSet, encode
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.encoding import ItemSet, encode
 from headwise.probes.item import Item
 from headwise.zoo.planted import Planted, planted
 

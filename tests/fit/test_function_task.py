@@ -7,7 +7,8 @@ import pytest
 from headwise.errors import InputError
 from headwise.fit.function_task import function_task
 from headwise.probes import probe
-from headwise.probes.encoding import EncodedItem, ItemSet
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.encoding import ItemSet
 from headwise.words import functions
 from headwise.zoo.planted.lexicon import own_tokenizer
 

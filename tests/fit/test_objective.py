@@ -13,7 +13,8 @@ import headwise as hw
 from headwise.errors import InputError, Refusal
 from headwise.fit.objective import AnswerLoss, Preference, first_token, mean_loss, preference_loss
 from headwise.model.attached import AttachedModel
-from headwise.probes.encoding import EncodedItem, ItemSet
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.encoding import ItemSet
 
 
 def log_probability(model: AttachedModel, each: EncodedItem, answer: tuple[int, ...]) -> float:

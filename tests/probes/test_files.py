@@ -8,12 +8,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwise.errors import InputError
 from headwise.probes import Item, Message, Quote, Twin, read_items
+from headwise.probes.picture import Picture, Region
 
 FULL: dict[str, Any] = {
     "id": "rome-1",
@@ -280,3 +282,51 @@ def test_a_place_of_the_twin_is_the_same_place_or_none(tmp_path: Path) -> None:
     (item,) = read_items(written(tmp_path, ring | {"answer": " box", "spans": spans}))
     assert item.twin is not None
     assert item.twin.spans.keys() == {"key"}
+
+
+# -- pictures ---
+
+
+def drawn(folder: Path, name: str = "a.png", width: int = 8, height: int = 6) -> str:
+    Picture.drawn(np.full((height, width, 3), len(name), np.uint8)).image().save(folder / name)
+    return name
+
+
+def test_pictures_lie_beside_the_file(tmp_path: Path) -> None:
+    line = {
+        "prompt": "<image> and <image>: same?",
+        "answer": " no",
+        "images": [drawn(tmp_path), drawn(tmp_path, "bb.png")],
+        "corrupted": "<image> and <image>: same?",
+        "corrupted_answer": " yes",
+        "corrupted_images": [drawn(tmp_path), drawn(tmp_path)],
+        "regions": {"corner": [1, 0, 0, 4, 3]},
+    }
+    (item,) = read_items(written(tmp_path, line))
+    assert item.pictures == (Picture.of_file(tmp_path / "a.png"), Picture.of_file(tmp_path / "bb.png"))
+    assert item.twin is not None
+    assert item.twin.pictures == (item.pictures[0],) * 2
+    assert item.regions == {"corner": Region(1, (0, 0, 4, 3))}
+    # In a table the cells are JSON.
+    cells = {name: json.dumps(value) if not isinstance(value, str) else value for name, value in line.items()}
+    assert read_items(written(tmp_path, as_csv(cells), name="own.csv")) == (item,)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"images": ["none.png"]}, "field 'images': picture .*none.png does not exist"),
+        ({"images": "a.png"}, "must be a list of picture files"),
+        ({"images": []}, "field 'regions': the prompt has 1 marks <image> and the item 0 pictures"),
+        ({"images": ["a.png", "a.png"]}, "the prompt has 1 marks <image> and the item 2 pictures"),
+        ({"regions": {"r": [0, 0, 0, 4]}}, r"'r' must be \[picture, left, top, right, bottom\]"),
+        ({"regions": {"r": [0, 4, 0, 4, 2]}}, "left below right"),
+        ({"regions": {"r": [0, 0, 0, 9, 2]}}, "reaches out of its picture of 8 x 6 pixels"),
+        ({"corrupted_images": ["a.png"]}, "there is no `corrupted` that it belongs to"),
+    ],
+)
+def test_what_is_wrong_with_pictures(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
+    line = {"prompt": "<image> what?", "answer": " a", "images": [drawn(tmp_path)], "regions": {"r": [0, 0, 0, 4, 3]}}
+    with pytest.raises(InputError, match=f"line 1.*{said}") as raised:
+        read_items(written(tmp_path, line | changed))
+    assert "\n" not in str(raised.value)

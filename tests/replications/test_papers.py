@@ -10,6 +10,7 @@ import pytest
 from headwise import catalogue
 from headwise.catalogue import MethodEntry
 from headwise.find import METHODS
+from headwise.find.towers import METHODS as TOWER_METHODS
 from headwise.replications import Paper, page, papers, replications
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +37,7 @@ def test_the_list_is_whole() -> None:
     assert all(paper.title == paper.title.strip() and 1990 < paper.year < 2030 and paper.about for paper in listed)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.id)
+@pytest.mark.parametrize("method", [*METHODS, *TOWER_METHODS], ids=lambda method: method.id)
 def test_the_paper_of_every_method_is_in_the_list(method: MethodEntry) -> None:
     own = [paper for paper in papers() if method.id in paper.methods and paper.title in method.paper]
     assert own, f"papers.csv has no row of {method.paper!r} that names {method.id}"
@@ -45,7 +46,7 @@ def test_the_paper_of_every_method_is_in_the_list(method: MethodEntry) -> None:
 
 def test_the_list_names_no_method_that_is_not_there() -> None:
     named = {id for paper in papers() for id in paper.methods}
-    assert named <= {method.id for method in METHODS}
+    assert named <= {method.id for method in (*METHODS, *TOWER_METHODS)}
 
 
 def test_what_the_list_says_is_made_is_made() -> None:

@@ -51,6 +51,7 @@ PERMANENT: dict[str, tuple[object, ...]] = {
     "decore": ("L0H1",),
     "dola": ((0, 1),),
     "factual-scaling": ("L0H1", 3.0),
+    "gaze-redirection": ("L0H1",),
     "head-adapter": (),
     "head-offset": (UNIT,),
     "head-pursuit": ("L0H1",),
@@ -59,11 +60,15 @@ PERMANENT: dict[str, tuple[object, ...]] = {
     "iti": (UNIT, {"L0H1": 1.0}, 5.0, "all"),
     "juice": ("L0H1",),
     "just-run-once": ("L0H1",),
+    "paint": (),
     "ph3": ("L0H1",),
     "rotary-dimensions": ("L0H1",),
     "soft-injection": (UNIT,),
     "span-emphasis": ("L0H1", "rule"),
     "temporal-edit": ({"L0G1": torch.ones(12)},),
+    "vision-head-reinforcement": (),
+    "vision-pruning": (0.5,),
+    "visual-attention-redistribution": ((3,), 0.6, None, 0.5, 0.2, "L0H1"),
     "zero-tuning": ("L0H1", 2.0),
 }
 """Settings of each intervention that are at all positions, where it has such."""
@@ -73,11 +78,12 @@ PERMANENT: dict[str, tuple[object, ...]] = {
 def test_what_the_table_says_bakes_does(entry: InterventionEntry) -> None:
     made: type[Intervention] = intervention(entry.id)
     given = made(*PERMANENT[entry.id]) if entry.id != "head-adapter" else trained()
+    model = llava() if entry.page.startswith("use/looking.md") else llama()
     if ROWS[entry.id].strip("|").split("|")[-1].strip().startswith("no"):
         with pytest.raises(Refusal, match="cannot be baked"):
-            bake(llama(), given)
+            bake(model, given)
     else:
-        assert all(line.tensors for line in bake(llama(), given).report.lines)
+        assert all(line.tensors for line in bake(model, given).report.lines)
 
 
 def trained() -> Intervention:
@@ -88,6 +94,11 @@ def trained() -> Intervention:
 @cache
 def llama() -> hw.AttachedModel:
     return hw.load("zoo:tiny-llama")
+
+
+@cache
+def llava() -> hw.AttachedModel:
+    return hw.load("zoo:tiny-llava")
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:

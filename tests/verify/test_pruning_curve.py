@@ -14,7 +14,7 @@ from headwise.errors import InputError
 from headwise.find import find
 from headwise.heads import Head, HeadSet, SiteId
 from headwise.probes import ItemSet, encode, probe
-from headwise.probes.encoding import EncodedItem
+from headwise.probes.encoded import EncodedItem
 from headwise.probes.item import Item
 from headwise.scores import HeadScores, Provenance
 from headwise.sweep import KnockOut, measure_sets

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from headwise.atlas.comparing import AtlasComparison
+from headwise.atlas.examples import Example
 from headwise.atlas.manifest import Manifest, Settings
-from headwise.atlas.opened import Atlas, Dose, Example, VerifiedHead
+from headwise.atlas.opened import Atlas, Dose, VerifiedHead
 from headwise.atlas.running import Watching, atlas
 from headwise.room import callable_as
 

@@ -46,7 +46,7 @@ class Cell:
     - `masked/PROBE`: the accuracy on every behaviour with the heads out that are most important for one by their gate
       gradient, and on this one with random heads out;
     - `dose/PROBE`: the metric with the probe's heads partly out, one more at a time, and with all others out;
-    - `examples/PROBE`: a few items as tokens, and where the probe's heads look.
+    - `examples/PROBE`: a few items as tokens, with their pictures, and where the probe's heads look.
     """
 
     kind: Kind

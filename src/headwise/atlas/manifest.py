@@ -132,6 +132,8 @@ class ProbeCard:
         finding: items that heads are found on; `testing`: those that test them, among which only those that the model
             answers count.
         dropped: how many items were passed over, by reason.
+        pictures: whether it asks about pictures: its items have some, and the answer does not stand in their text.
+        file: path of a probe file, as it was given; empty for a probe.
     """
 
     id: str
@@ -141,6 +143,8 @@ class ProbeCard:
     finding: tuple[str, ...]
     testing: tuple[str, ...]
     dropped: Mapping[str, int]
+    pictures: bool = False
+    file: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

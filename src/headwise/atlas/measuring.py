@@ -8,10 +8,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float
 
 from headwise.atlas.cell import Cell, Result
+from headwise.atlas.examples import kept, pattern_of
 from headwise.atlas.planning import GROWING, Plan
 from headwise.atlas.store import Store, Unreadable
 from headwise.errors import InputError, Refusal
@@ -19,10 +18,7 @@ from headwise.find.choosing import stand_out
 from headwise.find.search import find
 from headwise.heads import Head, HeadSet, SiteId
 from headwise.metrics import metric
-from headwise.model import read
 from headwise.model.attached import AttachedModel
-from headwise.probes.encoding import EncodedItem
-from headwise.probes.outcome import observe, places
 from headwise.scores import HeadScores, Provenance
 from headwise.sweep import Controls, KnockOut, measure_sets
 from headwise.sweep.knockout import reference_of
@@ -177,12 +173,17 @@ class Measuring:
         if isinstance(effects, str):
             return Result(refused=effects)
         heads = HeadSet(tuple(sorted(effects, key=lambda head: (-effects[head], head))[:SHOWN]))
-        shown, arrays = [], {}
+        shown: list[dict[str, Any]] = []
+        arrays: dict[str, np.ndarray] = {}
         for number, each in enumerate(found.items.items[: self.plan.manifest.settings.examples]):
-            tokens, weights = self._pattern(each, found, heads)
-            arrays[f"weights_{number}"] = weights
-            answer = "" if "embedding" in found.metric.wants else each.item.answer  # which is not asked for there
-            shown.append({"item": each.id, "answer": answer, "tokens": tokens})
+            whole = "embedding" in found.metric.wants
+            tokens, arrays[f"weights_{number}"] = pattern_of(self.model, found.items, each, heads, whole=whole)
+            answer = "" if whole else each.item.answer  # which is not asked for there
+            about: dict[str, Any] = {"item": each.id, "answer": answer, "tokens": tokens}
+            if each.item.pictures:
+                about["pictures"], of_pictures = kept(each, found.items.reader, number)
+                arrays |= of_pictures
+            shown.append(about)
         return Result({"heads": heads.labels, "items": shown}, arrays)
 
     # -- what they share --------------------------------------------------------------------------------------------
@@ -253,25 +254,6 @@ class Measuring:
             candidates.append((drop, joint.name, joint.heads))
         _, name, heads = max(candidates, key=lambda each: each[0])
         return name, heads
-
-    def _pattern(
-        self, item: EncodedItem, found: Ground, heads: HeadSet
-    ) -> tuple[list[str], Float[np.ndarray, "head token"]]:
-        """One item's tokens and the rows of the heads: from its last token, or, of an encoder, the mean of all rows."""
-        (batch,) = replace(found.items, items=(item,)).batches(1)
-        whole = "embedding" in found.metric.wants
-        if not whole and places(self.model, batch).prompt_length is None:
-            raise Refusal(
-                "the heads of a decoder beside an encoder do not look at the prompt, so there is nothing to show"
-            )
-        queries = None if whole else [batch.prompt_length - 1]
-        with torch.no_grad(), self.model.reading(read.rows(heads=heads, queries=queries)) as got:
-            observe(self.model, batch, wants={"embedding"} if whole else {"logits"})
-        parts = [got.rows[site][0].double().mean(dim=1).cpu().numpy() for site in heads.sites]
-        ids = [*item.prompt, *(found.items.suffix if whole else ())]
-        weights = np.concatenate(parts)
-        tokens = [self.model.tokenizer.decode([id]) for id in ids]
-        return tokens, weights[:, : len(tokens)]
 
 
 def scores_as_result(scores: HeadScores, about: Mapping[str, Any]) -> Result:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from headwise.atlas.cell import Cell, Result
 from headwise.atlas.crossed import crossed_of, masked_of
+from headwise.atlas.examples import Example, examples_of
 from headwise.atlas.manifest import FORMAT_VERSION, Manifest
 from headwise.atlas.measuring import joints_of, scores_of
 from headwise.atlas.store import Store
@@ -31,24 +32,6 @@ from headwise.verify.verdict import FamilyVerdict
 
 if TYPE_CHECKING:
     from headwise.atlas.comparing import AtlasComparison
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Example:
-    """One held-out item and where heads look from the place at which its answer is predicted.
-
-    Attributes:
-        tokens: of the prompt, as text.
-        answer: what comes next; empty where nothing is asked for (encoders).
-        heads: those with the largest effect on the probe, in canonical order.
-        weights: of each head on each token; of an encoder the mean over all queries.
-    """
-
-    item: str
-    tokens: tuple[str, ...]
-    answer: str
-    heads: HeadSet
-    weights: Float[np.ndarray, "head token"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -319,13 +302,7 @@ class Atlas:
     def examples(self, probe: str) -> tuple[Example, ...]:
         """A few held-out items of a behaviour with the patterns of its heads; empty where there are none."""
         stored = self._if_measured("examples", probe)
-        if stored is None:
-            return ()
-        heads = HeadSet.parse(stored.about["heads"])
-        return tuple(
-            Example(each["item"], tuple(each["tokens"]), each["answer"], heads, stored.arrays[f"weights_{number}"])
-            for number, each in enumerate(stored.about["items"])
-        )
+        return () if stored is None else examples_of(stored)
 
     def tables(self) -> Mapping[str, pandas.DataFrame]:
         """All of it as tables: scores, effects, controls, verdicts, items, off_target (see `docs/atlas.md`)."""

@@ -11,34 +11,20 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from headwise import catalogue
+from headwise.atlas.asking import BY_REQUEST, Asked, methods_of, probes_of
 from headwise.atlas.cell import Cell
 from headwise.atlas.manifest import Manifest, MethodCard, ModelCard, ProbeCard, Settings, differences
+from headwise.atlas.own import ProbeFile
 from headwise.errors import HeadwiseError, InputError, Refusal
 from headwise.find.method import Method
-from headwise.find.search import method as method_named
 from headwise.metrics import measure
 from headwise.model.attached import AttachedModel
-from headwise.probes import probe as probe_named
 from headwise.probes.encoding import ItemSet, encode
 from headwise.probes.stream import Probe
 from headwise.sweep.knockout import continues
 from headwise.sweep.memory import tokens_of
 from headwise.verify.crossing import CONTROLS
 from headwise.verify.functional_dissociation import ALPHAS, DRAWS
-
-BY_REQUEST = (
-    "knock-out",
-    "activation-patching",
-    "path-patching",
-    "memory-context",
-    "arithmetic",
-    "chain-of-thought",
-    "hydra",
-    "codes",
-)
-"""Methods that are run only where they are named: all but the last take a forward for every head and item, as the map
-does, which knocks every head out on the held-out items; `codes` trains ten auto-encoders on each probe."""
 
 OF_THE_ANSWER = frozenset({"answer", "foils", "twin", "logits", "gradients", "generation"})
 """A method that needs one of these speaks about the behaviour itself, so its heads are tested on every probe it fits.
@@ -111,7 +97,7 @@ GROWING = (1, 2, 3, 4, 6, 8)
 def plan(
     model: AttachedModel,
     settings: Settings,
-    probes: Sequence[str | Probe] | None,
+    probes: Sequence[Asked] | None,
     methods: Sequence[str | Method] | None,
     earlier: Manifest | None,
     told: Callable[[str, int, int], None] = lambda probe, place, of: None,
@@ -136,8 +122,8 @@ def plan(
             f"{model.name} has no tokenizer, so no probe can be written for it and no head verified; attach one that "
             "fits it: hw.attach(model, tokenizer)"
         )
-    chosen_methods = _methods(methods, earlier)
-    asked = _probes(model, probes, settings, earlier)
+    chosen_methods = methods_of(model, methods, earlier)
+    asked = probes_of(model, probes, settings, earlier)
     items: dict[str, Halves] = {}
     left_out = dict(earlier.left_out) if earlier is not None else {}
     pace: dict[str, float] = {}
@@ -172,6 +158,8 @@ def plan(
             finding=halves.finding.ids,
             testing=halves.testing.ids,
             dropped=dict(halves.testing.dropped),
+            pictures=halves.testing.reader is not None and not each.in_prompt,
+            file=each.file if isinstance(each, ProbeFile) else "",
         )
         if each.id in cards and (cards[each.id].finding, cards[each.id].testing) != (made.finding, made.testing):
             raise InputError(
@@ -203,42 +191,6 @@ def plan(
     cells, unfit = _cells(model, manifest, items, chosen_methods, earlier)
     manifest = replace(manifest, cells=cells, left_out={**left_out, **unfit})
     return Plan(manifest, {each.id: each for each in asked}, items, chosen_methods, pace, shortened)
-
-
-def _methods(named: Sequence[str | Method] | None, earlier: Manifest | None) -> dict[str, Method]:
-    """Those of the atlas, then those that are asked for."""
-    if named is None:
-        every = [each for each in catalogue.entries("methods") if isinstance(each, Method)]
-        asked = {each.id: each for each in every if each.id not in BY_REQUEST}
-    else:
-        asked = {found.id: found for found in map(method_named, named)}
-    stored = [each.id for each in earlier.methods] if earlier is not None else []
-    return {**{id: asked.get(id) or method_named(id) for id in stored}, **asked}
-
-
-def _probes(
-    model: AttachedModel, named: Sequence[str | Probe] | None, settings: Settings, earlier: Manifest | None
-) -> list[Probe]:
-    """Those of the atlas with the settings it has them with, then those that are asked for; the off-target one last."""
-    off_target = probe_named(settings.off_target)
-    speaks = continues(model)
-    if named is None:
-        found = [each for each in catalogue.entries("probes") if isinstance(each, Probe)] if speaks else [off_target]
-    else:
-        found = [probe_named(each) if isinstance(each, str) else each for each in named]
-        if speaks and all(each.id == off_target.id for each in found):
-            raise InputError(
-                f"{off_target.id} is the off-target probe, on which heads should change nothing, so it gets no "
-                "verdicts; name a behaviour as well (probes=['ioi']), or another off_target="
-            )
-    asked = {each.id: each for each in found}
-    stored: dict[str, Probe] = {}
-    for card in earlier.probes if earlier is not None else ():
-        as_it_was = probe_named(card.id).over(**{name: tuple(values) for name, values in card.settings.items()})
-        stored[card.id] = asked.get(card.id, as_it_was) if named is not None else as_it_was
-    together = {**stored, **{id: each for id, each in asked.items() if id not in stored}}
-    last = together.pop(off_target.id, off_target)
-    return [*together.values(), last]
 
 
 def _fitting(probe: Probe, model: AttachedModel, settings: Settings) -> tuple[Halves, float, str]:
@@ -273,11 +225,16 @@ def _spans(items: ItemSet) -> tuple[str, ...]:
 
 
 def _halves(probe: Probe, model: AttachedModel, settings: Settings) -> Halves:
-    items = encode(probe, model.tokenizer, n=settings.items, seed=settings.seed, max_tokens=longest(model, settings))
+    half, most = settings.items // 2, longest(model, settings)
+    if isinstance(probe, ProbeFile):
+        sets = [encode(each, model, max_tokens=most, name=probe.id) for each in probe.halves]
+        found, tested = (replace(each, items=each.items[:half]) for each in sets)
+    else:
+        items = encode(probe, model, n=settings.items, seed=settings.seed, max_tokens=most)
+        found, tested = replace(items, items=items.items[:half]), replace(items, items=items.items[half:])
     if not continues(model):
-        items = replace(items, metric="cosine-to-clean")
-    half = settings.items // 2
-    return Halves(replace(items, items=items.items[:half]), replace(items, items=items.items[half:]))
+        found, tested = (replace(each, metric="cosine-to-clean") for each in (found, tested))
+    return Halves(found, tested)
 
 
 def longest(model: AttachedModel, settings: Settings) -> int:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from headwise.atlas.asking import Asked
 from headwise.atlas.cell import Cell
 from headwise.atlas.manifest import FORMAT_VERSION, Settings
 from headwise.atlas.measuring import Measuring
@@ -22,7 +23,6 @@ from headwise.atlas.tables import write_tables
 from headwise.errors import InputError
 from headwise.find.method import Method
 from headwise.model.attached import AttachedModel
-from headwise.probes.stream import Probe
 from headwise.sweep import Mode
 
 
@@ -44,7 +44,7 @@ def atlas(
     model: AttachedModel,
     out: str | Path,
     *,
-    probes: Sequence[str | Probe] | None = None,
+    probes: Sequence[Asked] | None = None,
     methods: Sequence[str | Method] | None = None,
     items: int = 64,
     seed: int = 0,
@@ -65,10 +65,11 @@ def atlas(
 
     Args:
         out: the folder; made if it is not there.
-        probes: what the model is asked (`headwise list probes`); all that its tokenizer can express if left out.
+        probes: what the model is asked (`headwise list probes`), and probe files; if left out, all probes that its
+            tokenizer can express, those with pictures only where the model sees.
         methods: what heads are scored by (`headwise list methods`); all but `knock-out` if left out, since every head
             is knocked out anyway.
-        items: items per probe. The first half finds heads, the second half tests them.
+        items: items per probe, or of a file at most. The first half finds heads, the second half tests them.
         seed: of every random draw.
         mode, scope: how heads are taken out, and where.
         max_tokens: longest item, in tokens of prompt and answer; longer ones are passed over and counted.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from headwise.atlas.report.comparisons import text_against_pictures
 from headwise.atlas.report.numerals import counted, percent
 from headwise.atlas.report.reading import report_of
 from headwise.atlas.report.view import Behaviour, Matrix, Report
@@ -41,6 +42,8 @@ def told(report: Report, path: Path) -> tuple[Table | Text | str, ...]:
         parts.append(f"{counted(unfit, 'pair')} of method and probe gave no scores; the report says why.")
     if solved and report.matrix is not None and report.matrix.pairs:
         parts.append(_pairs(report.matrix))
+    if solved and report.matrix is not None and report.matrix.kinds is not None:
+        parts.append(text_against_pictures(report.matrix.kinds))
     heads = len(report.verified_heads)
     parts.append(f"{heads} of {counted(report.n_heads, 'head')} verified alone. Report:")
     parts.append(Text(str(path)))  # in one piece, to be copied

@@ -32,6 +32,10 @@ def _organism(seed: int = 0, device: str | None = None, dtype: str | None = None
 
 _BENCHES: Mapping[str, tuple[str, Callable[..., Mapping[str, float]]]] = {
     "organism": ("what the trained organism gets right on items it never saw", _organism),
+    "visual-organism": (
+        "what the visual organism gets right on pictures it never saw, and how often it hallucinates",
+        _of("visual_organism"),
+    ),
     "overhead": ("what attaching, reading z and row statistics cost, in time and memory", _of("overhead")),
     "detectors": ("recall and precision of every method on models whose heads are known", _of("detectors", said=_say)),
     "calibration": (
@@ -54,6 +58,11 @@ _BENCHES: Mapping[str, tuple[str, Callable[..., Mapping[str, float]]]] = {
         _of("uses", said=_say),
     ),
     "use-overhead": ("what interventions cost in generate", _of("use_overhead", said=_say)),
+    "looking": (
+        "what looking heads are worth on the visual organism, against random heads",
+        _of("looking", said=_say),
+    ),
+    "looking-overhead": ("what edits of looking heads cost in generate", _of("looking.overhead", said=_say)),
     "controls": ("control sets of ten heads, against one run per set", _of("controls", said=_say)),
 }
 

@@ -119,6 +119,14 @@ LAYOUTS: Mapping[str, Layout] = {
             }.items()
         },
     ),
+    "looking-overhead": Layout(
+        {"llava": "LLaVA shape", "organism": "visual organism"},
+        {
+            f"{model}.vhr.{key}": most(goal)
+            for model in ("llava", "organism")
+            for key, goal in {"later": 1.03, "forwards": 1.0, "tokens": 1.0}.items()
+        },
+    ),
     "race": Layout(
         RACES,
         {

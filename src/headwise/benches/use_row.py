@@ -133,7 +133,7 @@ class Bench:
         def encoded(items: Sequence[Item]) -> ItemSet:
             # With wrong answers beside the right one what is lost is the choice, and not the form of the answer.
             metric = "logit-difference" if all(item.foils for item in items) else asked.metric
-            return replace(encode(items, self.model.tokenizer, name=asked.id), metric=metric)
+            return replace(encode(items, self.model, name=asked.id), metric=metric)
 
         known = both[False]
         return Parts(encoded(known[:FINDING]), encoded(known[FINDING:]), encoded(both[True]))

@@ -30,7 +30,8 @@ from headwise.metrics import Metric
 from headwise.model.at_rest import weights_at_rest
 from headwise.model.stream import WritesOfRun
 from headwise.probes.batch import Batch, pad
-from headwise.probes.encoding import EncodedItem, ItemSet
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.encoding import ItemSet
 from headwise.probes.outcome import Outcome, observe, refuse_two_sided
 
 Method = Literal["eap", "eap-ig-inputs", "eap-ig-activations", "clean-corrupted"]

@@ -27,8 +27,9 @@ from headwise.model.operations import Here
 from headwise.model.read import Read
 from headwise.model.running.courses import course_of, occupied
 from headwise.model.running.resuming import Course, Kept, Start, keeping, resumed
-from headwise.probes.batch import Batch, pad
-from headwise.probes.encoding import EncodedItem, ItemSet
+from headwise.probes.batch import Batch
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.encoding import ItemSet
 from headwise.probes.outcome import Outcome, observe, places, refuse_spans_in_the_decoder, refuse_two_sided
 from headwise.sweep.measuring import chunks_of
 from headwise.sweep.memory import budget_of
@@ -110,7 +111,7 @@ class Pairs:
     def batch(self, side: Side, copies: int = 1) -> Batch:
         """The items, or their twins, as often as asked for, one copy behind the other."""
         rows = self.items if side == "clean" else tuple(corrupted(each) for each in self.items)
-        return pad(rows * copies, self.of.pad, self.of.suffix, answers=True)
+        return self.of.batch(rows * copies)
 
     def run(self, side: Side, *reads: Read, begun_in: bool = False, sites: Sequence[SiteId] = ()) -> Ran:
         """A run without edits. `begun_in`: later runs may begin in it, and leave z of `sites` out of what they run."""

@@ -11,6 +11,7 @@ import typer
 
 from headwise.cli import options
 from headwise.cli.console import print_json, print_tables, quiet
+from headwise.cli.find import FILES
 from headwise.cli.loading import Loading, load_model
 from headwise.errors import Refusal
 
@@ -29,7 +30,12 @@ def atlas(
         Path | None, typer.Option("--out", help="Folder of the atlas; atlas-NAME in the current one if left out.")
     ] = None,
     probes: Annotated[
-        str | None, typer.Option("--probes", help="Ids with commas between them; all that fit the model if left out.")
+        str | None,
+        typer.Option(
+            "--probes",
+            metavar="NAME|FILE,...",
+            help="Ids or probe files with commas between them; all probes that fit the model if left out.",
+        ),
     ] = None,
     methods: Annotated[
         str | None, typer.Option("--methods", help="Ids with commas between them; all but knock-out if left out.")
@@ -66,17 +72,20 @@ def atlas(
     folder = folder_of(model) if out is None else out
     options.if_stopped(context, f"stopped; what is finished is kept in {folder}, and the same command goes on with it")
     with quiet():
-        how = Loading(device, dtype, revision, attn, allow_pickle, trust_remote_code)
-        attached = load_model(model, how)
         # Imported here, so that `headwise --help` does not wait for torch.
         from headwise.atlas import atlas as make_atlas
+        from headwise.atlas.own import require_files
         from headwise.atlas.report import write_report
         from headwise.atlas.summary import summary
 
+        asked = _listed(probes)
+        require_files(asked or ())  # what is wrong in them is found before a model is loaded
+        how = Loading(device, dtype, revision, attn, allow_pickle, trust_remote_code)
+        attached = load_model(model, how)
         made = make_atlas(
             attached,
             folder,
-            probes=_listed(probes),
+            probes=asked,
             methods=_listed(methods),
             items=items,
             seed=seed or 0,
@@ -121,4 +130,8 @@ def as_json(made: Atlas, seconds: float) -> dict[str, object]:
 
 
 def _listed(given: str | None) -> list[str] | None:
-    return None if given is None else [each for each in re.split(r"[,\s]+", given) if each]
+    """Names with commas or blanks between them; a file may have blanks in its name."""
+    if given is None:
+        return None
+    parts = [part.strip() for part in given.split(",")]
+    return [name for part in parts for name in ([part] if Path(part).suffix.lower() in FILES else part.split())]

@@ -100,8 +100,8 @@ def encoded(source: Probe | tuple[Item, ...], model: AttachedModel, n: int, seed
     if model.tokenizer is None:
         raise InputError(f"{model.name} has no tokenizer, so no probe can be written for it; use a model that has one")
     if isinstance(source, tuple):
-        return encode(source, model.tokenizer, name=name)
-    return encode(source, model.tokenizer, n=n, seed=seed)
+        return encode(source, model, name=name)
+    return encode(source, model, n=n, seed=seed)
 
 
 def grids(scores: HeadScores) -> dict[str, list[list[float | None]]]:

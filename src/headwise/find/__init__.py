@@ -34,12 +34,19 @@ FILES = (
     "correct_letter",
     "reasoning",
     "decision",
+    "vision_aware",
+    "visual_sink",
+    "multimodal_retrieval",
+    "gaze",
+    "alignment",
+    "contrastive_maps",
 )
 """The modules of this room that define a method, each as `METHODS`."""
 
 METHODS: tuple[Method, ...] = tuple(each for name in FILES for each in import_module(f"headwise.find.{name}").METHODS)
 for _each in METHODS:
     register(_each)
+import_module("headwise.find.towers")  # methods that find does not run
 
 callable_as(__name__, find)
 

@@ -36,7 +36,8 @@ from headwise.find.path_patching import by_site, heads_of
 from headwise.find.patterns import require_choice
 from headwise.metrics import Metric
 from headwise.model.attached import AttachedModel
-from headwise.probes.encoding import EncodedItem, ItemSet
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.encoding import ItemSet
 from headwise.probes.outcome import Outcome
 
 Of = Literal["logit", "probability"]

@@ -47,7 +47,8 @@ from headwise.find.search import over_batches
 from headwise.heads import Head, SiteId
 from headwise.model.attached import AttachedModel
 from headwise.probes.batch import Batch
-from headwise.probes.encoding import EncodedItem, ItemSet
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.encoding import ItemSet
 
 Of = Literal["effect", "attention"]
 LetterClass = Literal["correct-letter", "single-letter", "uniform", "amplification", "other"]

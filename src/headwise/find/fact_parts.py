@@ -51,7 +51,8 @@ from headwise.heads import Head, HeadSet
 from headwise.metrics import Metric, metric
 from headwise.model import edit
 from headwise.model.attached import AttachedModel
-from headwise.probes.encoding import EncodedItem, ItemSet
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.encoding import ItemSet
 from headwise.probes.outcome import observe, places, refuse_spans_in_the_decoder, refuse_two_sided
 
 Part = Literal["subject", "relation", "mixed"]

@@ -1,9 +1,10 @@
 """Head Pursuit: how much of what a head writes is made of the words of a concept.
 
 After Basile et al. (2025), "Head Pursuit: Probing Attention Specialization in Multimodal Transformers". H holds what a
-head writes at the last token of each prompt, `[item, d_model]`. D has a row for each token of the concept: its row of
-the unembedding, with the gain of the final norm folded in (and its centring), and that of any norm behind the head. By
-simultaneous orthogonal matching pursuit, with R = H at first and rows of D of length 1, in every step
+head writes at the last token of each prompt, `[item, d_model]`, or (`at`) before every token of the answer, or before
+those that are of the concept: in a caption they may stand anywhere. D has a row for each token of the concept: its row
+of the unembedding, with the gain of the final norm folded in (and its centring), and that of any norm behind the head.
+By simultaneous orthogonal matching pursuit, with R = H at first and rows of D of length 1, in every step
 
     j <- argmax_j sum_i |<D_j, R_i>|                the one token that speaks for all items at once
     R <- H less its projection onto the rows of D that were taken so far
@@ -32,7 +33,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headwise.errors import InputError, Refusal
@@ -49,6 +50,7 @@ from headwise.probes.encoding import ItemSet
 from headwise.probes.outcome import observe
 
 By = Literal["pursuit", "logit-lens"]
+At = Literal["last", "answer", "concept"]
 ATOMS = 10
 EXPLAINED = 1e-12
 """Where so small a share of energy is left, nothing is."""
@@ -67,7 +69,13 @@ class Pursuit:
 
 
 def head_pursuit(
-    model: AttachedModel, items: ItemSet, *, concept: str = "", atoms: int = ATOMS, by: By = "pursuit"
+    model: AttachedModel,
+    items: ItemSet,
+    *,
+    concept: str = "",
+    atoms: int = ATOMS,
+    by: By = "pursuit",
+    at: At = "last",
 ) -> Scored:
     """`head-pursuit`: a share of energy from 0 to 1; by `logit-lens`, logits.
 
@@ -75,17 +83,20 @@ def head_pursuit(
         concept: words with blanks between them; none are the items' answers.
         atoms: most steps of the pursuit.
         by: `pursuit`, or the baseline `logit-lens`.
+        at: the tokens whose writes are looked at: the `last` one of each prompt, those before the tokens of the
+            `answer`, or those before a token of the `concept` in it.
 
     Raises:
-        InputError: a setting that is none; words of which the tokenizer knows none.
+        InputError: a setting that is none; words of which the tokenizer knows none, or that no answer has.
         Refusal: the unembedding is no plain matrix; and as `direct_paths`.
     """
     require_choice("by", by, get_args(By))
+    require_choice("at", at, get_args(At))
     if atoms < 1:
         raise InputError(f"atoms={atoms!r} is no number of steps; give 1 or more")
     ids = concept_tokens(model.tokenizer, concept) if concept else answer_tokens(items)
     dictionary = _rows(model, ids)
-    writes = _writes(model, items)
+    writes = _writes(model, items, at, ids)
     scored = {}
     for site, written in writes.items():
         rows = dictionary[site.label]
@@ -162,24 +173,44 @@ def _rows(model: AttachedModel, ids: Sequence[int]) -> dict[str, Float[Tensor, "
     return {label: found.double().cpu() for label, found in paths.of_rows(rows).items()}
 
 
-def _writes(model: AttachedModel, items: ItemSet) -> dict[SiteId, Float[Tensor, "item head d_model"]]:
-    """What every head writes at the last token of every prompt."""
+def _writes(
+    model: AttachedModel, items: ItemSet, at: At, concept: Sequence[int]
+) -> dict[SiteId, Float[Tensor, "token head d_model"]]:
+    """What every head writes at the chosen tokens of all items."""
     sites = scored_sites(model)
+    if at != "last" and not any(_before(each.answer, at, concept) for each in items):
+        raise InputError(
+            f"no answer of {items.probe} has a token of the concept, so nothing comes before one; use at='last'"
+        )
 
     def of_batch(batch: Batch) -> Scored:
         with torch.no_grad(), model.reading(read.z([id.label for id in sites], reduce=_last)) as got:
             observe(model, batch, wants={"logits"})
         written = {}
+        chosen = _chosen(batch, at, concept)
         for id in sites:
             site = model.table.site(id)
             assert site.projection is not None
             (z,) = got.z[id.label]
             weights = head_weights(model.model.get_submodule(site.projection), site).detach()
-            column = z[:, -max(batch.answers.shape[1], 1)].to(weights)
-            written[id] = torch.einsum("ihk,hkd->ihd", column, weights).double()
+            columns = z[:, -max(batch.answers.shape[1], 1) :].to(weights)
+            written[id] = torch.einsum("ihk,hkd->ihd", columns[chosen.to(columns.device)], weights).double()
         return written
 
     return over_batches(items, of_batch)
+
+
+def _chosen(batch: Batch, at: At, concept: Sequence[int]) -> Bool[Tensor, "item token"]:
+    """Which tokens of the answers it is that the chosen columns come before; the first stands for the last token of the
+    prompt."""
+    chosen = torch.zeros(len(batch.items), max(batch.answers.shape[1], 1), dtype=torch.bool)
+    for row, each in enumerate(batch.items):
+        chosen[row, [0] if at == "last" else _before(each.answer, at, concept)] = True
+    return chosen
+
+
+def _before(answer: Sequence[int], at: At, concept: Sequence[int]) -> list[int]:
+    return [place for place, id in enumerate(answer) if at == "answer" or id in concept]
 
 
 def _last(z: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from headwise.heads import SiteId
 from headwise.model import read
 from headwise.model.attached import AttachedModel
 from headwise.probes.batch import Batch
-from headwise.probes.encoding import EncodedItem
+from headwise.probes.encoded import EncodedItem
 from headwise.probes.outcome import observe, places
 
 Marks = Callable[[EncodedItem], list[list[int]]]

@@ -40,7 +40,9 @@ from headwise.find.path_patching import by_site, heads_of
 from headwise.find.patterns import require_choice
 from headwise.metrics import Metric
 from headwise.model.attached import AttachedModel
-from headwise.probes.encoding import EncodedItem, Ids, ItemSet
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.encoding import ItemSet
+from headwise.probes.layout import Ids
 from headwise.probes.outcome import Outcome
 
 Source = Literal["memory", "context"]

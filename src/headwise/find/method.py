@@ -82,6 +82,16 @@ class Method(MethodEntry):
         return ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LibraryMethod(MethodEntry):
+    """A published method that takes other things than a model and items, so that `find` does not run it.
+
+    `call` is how it is called in Python: `headwise.find.towers.spatial_profile(model, pixel_values)`.
+    """
+
+    call: str
+
+
 def scored_sites(model: AttachedModel) -> tuple[SiteId, ...]:
     """The sites that methods score: those of the main stack."""
     return tuple(site.id for site in model.sites if site.id.stack == model.table.stacks[0])
@@ -95,4 +105,4 @@ def _lacks(model: AttachedModel, capability: str) -> str:
     return ""
 
 
-__all__ = ["NEEDS", "Method", "Scored", "scored_sites"]
+__all__ = ["NEEDS", "LibraryMethod", "Method", "Scored", "scored_sites"]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from headwise.errors import InputError
-from headwise.probes.encoding import EncodedItem, EncodedTwin, ItemSet
+from headwise.probes.encoded import EncodedItem, EncodedTwin
+from headwise.probes.encoding import ItemSet
 
 
 def parting(one: Sequence[int], other: Sequence[int]) -> int | None:

@@ -52,7 +52,8 @@ from headwise.heads import SiteId
 from headwise.metrics import measure
 from headwise.model.attached import AttachedModel
 from headwise.probes.batch import Batch
-from headwise.probes.encoding import EncodedItem, ItemSet
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.encoding import ItemSet
 
 Keep = Literal["right", "all"]
 Of = Literal["write", "attention"]

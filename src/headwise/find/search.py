@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headwise import catalogue
 from headwise.errors import InputError, Refusal
-from headwise.find.method import Method, Scored
+from headwise.find.method import LibraryMethod, Method, Scored
 from headwise.heads import SiteId
 from headwise.model.attached import AttachedModel
 from headwise.probes import probe as probe_named
@@ -30,10 +30,13 @@ TOGETHER = "all-items"
 
 
 def method(id: str | Method) -> Method:
-    """The method of an id. Raises `InputError`, with the nearest ids, for an unknown one."""
+    """The method of an id. Raises `InputError`, with the nearest ids, for an unknown one, and `Refusal` for one that
+    takes other things than items."""
     if isinstance(id, Method):
         return id
     found = catalogue.entry("methods", id)
+    if isinstance(found, LibraryMethod):
+        raise Refusal(f"method {id!r} takes no items of a probe, so find does not run it; in Python call {found.call}")
     if not isinstance(found, Method):
         raise InputError(f"method {id!r} is listed but cannot be run with find; see {found.page}")
     return found
@@ -89,7 +92,7 @@ def items_for(
             f"{model.name} has no tokenizer, so no probe can be written for it; attach it with one, or pass encoded "
             "items"
         )
-    return encode(probe_named(asked) if isinstance(asked, str) else asked, model.tokenizer, n=n, seed=seed)
+    return encode(probe_named(asked) if isinstance(asked, str) else asked, model, n=n, seed=seed)
 
 
 def own_probe(chosen: Method) -> Probe:

@@ -22,7 +22,8 @@ from headwise.metrics import metric
 from headwise.model.attached import AttachedModel
 from headwise.model.edit import Edit
 from headwise.probes.batch import Batch
-from headwise.probes.encoding import EncodedItem, ItemSet
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.encoding import ItemSet
 from headwise.probes.outcome import Outcome, observe, places, refuse_spans_in_the_decoder, refuse_two_sided
 
 Rows = tuple[int, ...]

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from headwise.errors import InputError, Refusal
 from headwise.fit.checkpoint import Checkpoint, Folder
 from headwise.model.at_rest import weights_at_rest
-from headwise.probes.batch import Batch, pad
+from headwise.probes.batch import Batch
 from headwise.probes.encoding import ItemSet
 
 
@@ -312,7 +312,7 @@ def generator(*parts: object) -> torch.Generator:
 def batch_of(items: ItemSet, rows: tuple[int, ...], *, answers: bool = True) -> Batch:
     """Some items as rows of one forward, in the order of `rows`."""
     chosen = replace(items, items=tuple(items.items[row] for row in rows))
-    return pad(chosen.items, items.pad, items.suffix, answers=answers)
+    return items.batch(chosen.items, answers=answers)
 
 
 @contextmanager

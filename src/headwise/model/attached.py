@@ -183,7 +183,8 @@ class AttachedModel:
         Blocks nest: edits of outer ones come first, and a reading inside sees what the model used.
         """
         _require_all(edits, Edit, "editing() takes edits such as hw.edit.zero('L1H2')")
-        with self._runner.open(Layer((), edits, _named(spans), prompt_length, strict, Opened())) as opened:
+        reads = tuple(each for edit in edits for each in edit.reads)
+        with self._runner.open(Layer(reads, edits, _named(spans), prompt_length, strict, Opened())) as opened:
             yield opened
 
     @contextmanager

@@ -20,7 +20,7 @@ a mapping from head label to number or tensor, a function `(current, here) -> te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index as as_index
 from typing import Any, Literal
@@ -31,7 +31,7 @@ from headwise.catalogue import Entry, register
 from headwise.errors import InputError
 from headwise.model import operations as op
 from headwise.model.positions import Columns, Positions, checked_positions
-from headwise.model.read import HeadLike, Point
+from headwise.model.read import HeadLike, Point, Read
 from headwise.model.scopes import Scope, parse_scope
 
 Variable = Literal["q", "k", "v", "score", "pattern", "z", "mlp", "residual_pre", "residual_post"]
@@ -60,6 +60,8 @@ class Edit:
     point: Point = "post_gate"
     stream: Literal["first", "second"] = "first"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    reads: tuple[Read, ...] = ()
+    """What has to be read in the same run for its value to be known; the `reduce` of each hands it on."""
 
     def __post_init__(self) -> None:
         parse_scope(self.scope)
@@ -76,6 +78,8 @@ class Edit:
             raise InputError(f"keys= selects columns of score and pattern edits; this edit is on {self.variable}")
         if self.queries is not None and self.variable in GROUP_VARIABLES:
             raise InputError(f"a {self.variable} edit acts on key columns: use scope= (also span:NAME), not queries=")
+        if self.decisions and (self.variable != "z" or self.point != "post_gate"):
+            raise InputError(f"edit.{self.name}: decided() goes by z after the gate; the edit is on {self.variable}")
         if not self.operation.serves(self.variable):
             raise InputError(f"edit.{self.name} does not act on {self.variable}")
 
@@ -83,6 +87,11 @@ class Edit:
     def when(self) -> Scope:
         """The scope taken apart: where, and in a denoising loop at which steps and in which branch."""
         return parse_scope(self.scope)
+
+    @property
+    def decisions(self) -> tuple[op.Decided, ...]:
+        """What the prompt decides of it."""
+        return tuple(value for value in (*self.operation.values, self.strength) if isinstance(value, op.Decided))
 
     @property
     def reads_other(self) -> bool:
@@ -208,6 +217,33 @@ def received(above: float = 0.1, *, skip: int = 1) -> op.Received:
     """As `keys=`: the keys to which the prompt's tokens give more than this share on average, head by head, but for
     the first `skip` of them. Decoding steps have the prompt's keys."""
     return op.Received(above, skip)
+
+
+def last_row(choose: Callable[[Any, Any], Tensor]) -> op.LastRow:
+    """As `keys=`: the keys that `choose(row, here)` marks in the row of the prompt's last token.
+
+    `row` is `[batch, head, key]`, of the heads of the edit at one site, and so is what comes back, True at the keys.
+    It is asked once, when the prompt runs; decoding steps have the prompt's keys.
+    """
+    if not callable(choose):
+        raise InputError(f"edit.last_row takes a function (row, here), not a {type(choose).__name__}")
+    return op.LastRow(choose=choose)
+
+
+def decided(choose: Callable[[Any, Any, Any], Tensor], *, without: str, markers: Sequence[int] = ()) -> op.Decided:
+    """As the value of an edit of z: numbers by row and head that the prompt decides and the whole run keeps.
+
+    Before the first forward of a run the prompt runs once more without a span, as if its tokens were not there, with no
+    plan open. `choose(last, lacking, here)` is given z of the edited heads at the prompt's last token in both runs,
+    `[batch, head, dim]`, and gives `[batch, head]`. The scope must hold that token (`last`, `prompt`, `all`).
+
+    Args:
+        without: name of the span.
+        markers: ids that go with it where they stand next to it, such as the marks around a picture.
+    """
+    if not callable(choose):
+        raise InputError(f"edit.decided takes a function (last, lacking, here), not a {type(choose).__name__}")
+    return op.Decided(choose, without, tuple(markers))
 
 
 def _words(function: str, named: tuple[str, ...]) -> tuple[str, ...]:

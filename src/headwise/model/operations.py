@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -80,6 +80,42 @@ class Received:
             raise InputError(f"skip={self.skip!r} is not a number of keys; give 0 or more")
 
 
+@dataclass(frozen=True, slots=True)
+class LastRow(Received):
+    """Keys that a function chooses by the row of the prompt's last token, once: `hw.edit.last_row`.
+
+    Attributes:
+        choose: takes that row `[batch, head, key]`, as the edits before this one left it, and `Here`; gives True at the
+            keys chosen.
+    """
+
+    choose: Callable[[Tensor, Here], Tensor] = field(kw_only=True)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Decided:
+    """A number for each row and head that the prompt decides, once: `hw.edit.decided`.
+
+    Attributes:
+        choose: takes z of the edited heads at the prompt's last token `[batch, head, dim]`, the same in a run of the
+            prompt without the span, and `Here`; gives `[batch, head]`.
+        without: the span.
+        markers: ids that are left out with the span where they stand next to it.
+    """
+
+    choose: Callable[[Tensor, Tensor, Here], Tensor]
+    without: str
+    markers: tuple[int, ...] = ()
+
+    @property
+    def run(self) -> tuple[str, tuple[int, ...]]:
+        """What tells the run that it needs from those of others."""
+        return self.without, self.markers
+
+    def __repr__(self) -> str:
+        return f"decided without {self.without!r}"
+
+
 @dataclass(frozen=True, eq=False)
 class Here:
     """Where an operation stands: one call of one site, and what it may look at there.
@@ -98,6 +134,7 @@ class Here:
         forward: which forward of the run, or of the denoising loop; `step`: which step of the loop, None outside one.
         chunk: which piece of its sequence this call is, where the module splits it.
         other: gives the second stream's tensor for the current one, to the first stream of a dual run.
+        decided: gives the numbers of a `Decided`, `[batch, 1, head, 1]`.
     """
 
     site: SiteId
@@ -119,6 +156,7 @@ class Here:
     chunk: int = 0
     queries: Int[Tensor, "*batch query"] | None = None
     other: Callable[[], Tensor] | None = None
+    decided: Callable[[Decided, Tensor], Tensor] | None = None
 
     @property
     def marked(self) -> Bool[Tensor, "#batch #head 1 key"] | None:
@@ -139,6 +177,9 @@ class Here:
             if self.other is None:
                 raise InputError(f"{self.label}: OTHER names the second stream, and this is not a dual run")
             return self.other()
+        if isinstance(value, Decided):
+            assert self.decided is not None
+            return self.decided(value, current)
         if isinstance(value, Donor):
             given: Tensor = value.donate(self).to(current)
             return given
@@ -176,7 +217,7 @@ def check_value(value: Value, names: Collection[str], dims: Collection[int], lay
         InputError: a tensor that is neither a scalar nor `[n_heads]` nor `[n_heads, dim]`; a mapping without a head;
             what is none of the forms that a value takes.
     """
-    if isinstance(value, (Real, _Other, Donor)):
+    if isinstance(value, (Real, _Other, Decided, Donor)):
         return
     if isinstance(value, Mapping):
         unknown = sorted(str(name) for name in value.keys() - set(names))

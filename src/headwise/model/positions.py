@@ -123,8 +123,9 @@ class Frame:
         """
         if name not in self.spans:
             known = ", ".join(sorted(self.spans)) or "none"
+            lacks = " and its tokens hold no picture" if name == "image" else ""
             raise InputError(
-                f"no span named {name!r} was given with this run (spans given: {known}); pass spans={{...}}"
+                f"no span named {name!r} was given with this run{lacks} (spans given: {known}); pass spans={{...}}"
             )
         rows = self.spans[name]
         if not isinstance(rows, slice) and len(rows) and not isinstance(rows[0], int):

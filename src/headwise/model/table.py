@@ -21,13 +21,15 @@ Want = Literal["head", "group"]
 class SiteTable:
     """All that was found of a model: its sites in order of their labels, its blocks, its final norms.
 
-    `unserved` names the modules that seem to attend and could not be reached, with the reasons.
+    `unserved` names the modules that seem to attend and could not be reached, with the reasons. `met_spans` are the
+    spans that a run finds in its own tokens, such as those of pictures.
     Blocks and norms take a recorded forward to find, so they are looked for when they are first asked for.
     """
 
     sites: tuple[Site, ...]
     find_sublayers: Callable[[], Sublayers]
     unserved: tuple[Unserved, ...] = ()
+    met_spans: frozenset[str] = frozenset()
 
     @cached_property
     def sublayers(self) -> Sublayers:

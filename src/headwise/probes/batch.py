@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from headwise.probes.encoding import EncodedItem, Ids
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.layout import Ids, PictureReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class Batch:
         prompt_length: columns of the prompts.
         answers: ids of the answers, -1 where an answer is shorter than the longest.
         suffix: ids that belong behind a prompt where it is not continued (encoders).
+        reader: how pictures were written, where there are some.
     """
 
     items: tuple[EncodedItem, ...]
@@ -32,6 +34,14 @@ class Batch:
     prompt_length: int
     answers: Int[Tensor, "item token"]
     suffix: Ids = ()
+    reader: PictureReader | None = None
+
+    @property
+    def pixels(self) -> dict[str, Tensor]:
+        """What the model takes beside the ids: the pictures of all rows, in the form that its processor gives them."""
+        if self.reader is None or not any(each.pixels for each in self.items):
+            return {}
+        return self.reader.joined([each.pixels for each in self.items])
 
     @property
     def position_ids(self) -> Int[Tensor, "item column"]:
@@ -59,7 +69,9 @@ class Batch:
         }
 
 
-def pad(items: Sequence[EncodedItem], fill: int, suffix: Ids, *, answers: bool) -> Batch:
+def pad(
+    items: Sequence[EncodedItem], fill: int, suffix: Ids, *, answers: bool, reader: PictureReader | None = None
+) -> Batch:
     """The items as rows; see `Batch`."""
     width = max(len(each.prompt) for each in items)
     longest = max(len(each.answer) for each in items)
@@ -73,4 +85,4 @@ def pad(items: Sequence[EncodedItem], fill: int, suffix: Ids, *, answers: bool) 
         ids[row, start : start + len(tokens)] = torch.tensor(tokens)
         mask[row, start : start + len(tokens)] = 1
         wanted[row, : len(each.answer)] = torch.tensor(each.answer)
-    return Batch(tuple(items), ids, mask, width, wanted, suffix)
+    return Batch(tuple(items), ids, mask, width, wanted, suffix, reader)

@@ -14,6 +14,7 @@ from typing import Any
 
 from headwise.errors import InputError
 from headwise.probes.item import Item, Message, Quote, Twin, occurrences
+from headwise.probes.picture import Picture, Region
 
 FIELDS = (
     "id",
@@ -26,8 +27,11 @@ FIELDS = (
     "corrupted_answer",
     "spans",
     "attributes",
+    "images",
+    "corrupted_images",
+    "regions",
 )
-STRUCTURED = ("messages", "also", "foils", "spans", "attributes")
+STRUCTURED = ("messages", "also", "foils", "spans", "attributes", "images", "corrupted_images", "regions")
 """Fields whose cell in a CSV file is JSON; so is `corrupted` in a row that has `messages`."""
 
 
@@ -45,6 +49,9 @@ def read_items(path: str | Path) -> tuple[Item, ...]:
       one that occurs more than once, or a list of these. A place that the twin has too is a place there as well.
     - `id` (text): if absent, it is made of the text of the item.
     - `attributes`: `{name: text or number}`
+    - `images`: paths of picture files, beside the probe file or from the root, one for each `<image>` in the prompt;
+      `corrupted_images` are those of the twin, which has the item's own where they are left out
+    - `regions`: `{name: [picture, left, top, right, bottom]}` in pixels of a picture counted from 0
 
     Raises:
         InputError: the file cannot be used. One line: file, line, field, what is wrong with the first wrong line and
@@ -61,7 +68,7 @@ def read_items(path: str | Path) -> tuple[Item, ...]:
     first_line: dict[str, int] = {}
     for row in kind(_text_of(path), path):
         try:
-            item = _item(row.fields())
+            item = _item(row.fields(), path.parent)
             if item.id in first_line:
                 raise _Wrong("id", _twice(item.id, first_line[item.id]))
             first_line[item.id] = row.line
@@ -197,7 +204,7 @@ def _parsed(field: str, text: str) -> Any:
         raise _Wrong(field, "nested too deeply; write the fields that the documentation names") from None
 
 
-def _item(fields: Mapping[str, Any]) -> Item:
+def _item(fields: Mapping[str, Any], folder: Path) -> Item:
     for name in fields:
         if name not in FIELDS:
             raise _Wrong(name, _unknown(name))
@@ -208,15 +215,21 @@ def _item(fields: Mapping[str, Any]) -> Item:
         if wrong == answer or wrong in also:
             raise _Wrong("foils", f"{_shown(wrong)} is a right answer as well; leave it out of one of the two")
     spans = _spans(fields, prompt)
-    item = Item(
-        prompt=prompt,
-        answer=answer,
-        also=also,
-        foils=foils,
-        spans=spans,
-        twin=_twin(fields, prompt, spans),
-        attributes=_attributes(fields),
-    ).named("item")
+    pictures, regions = _pictures("images", fields, folder), _regions(fields)
+    try:
+        item = Item(
+            prompt=prompt,
+            answer=answer,
+            also=also,
+            foils=foils,
+            spans=spans,
+            twin=_twin(fields, prompt, spans, _pictures("corrupted_images", fields, folder)),
+            attributes=_attributes(fields),
+            pictures=pictures,
+            regions=regions,
+        ).named("item")
+    except InputError as error:
+        raise _Wrong("images" if pictures else "regions", str(error)) from None
     if "id" not in fields:
         return item
     return replace(item, id=_filled("id", fields["id"]))
@@ -291,15 +304,19 @@ def _whole(prompt: str | tuple[Message, ...]) -> str:
 
 
 def _twin(
-    fields: Mapping[str, Any], prompt: str | tuple[Message, ...], spans: Mapping[str, tuple[Quote, ...]]
+    fields: Mapping[str, Any],
+    prompt: str | tuple[Message, ...],
+    spans: Mapping[str, tuple[Quote, ...]],
+    pictures: tuple[Picture, ...],
 ) -> Twin | None:
     if "corrupted" not in fields:
-        if "corrupted_answer" in fields:
-            raise _Wrong("corrupted_answer", "there is no `corrupted` that it answers; add it, or remove this field")
+        for name in ("corrupted_answer", "corrupted_images"):
+            if name in fields:
+                raise _Wrong(name, "there is no `corrupted` that it belongs to; add it, or remove this field")
         return None
     value = fields["corrupted"]
     corrupted = _filled("corrupted", value) if isinstance(prompt, str) else _messages("corrupted", value)
-    if corrupted == prompt:
+    if corrupted == prompt and not pictures:
         raise _Wrong("corrupted", "it is the prompt itself; change what the answer depends on, or remove it")
     text, own = _whole(corrupted), _whole(prompt)
     kept: dict[str, tuple[Quote, ...]] = {}
@@ -311,7 +328,35 @@ def _twin(
     answer = _filled("corrupted_answer", fields["corrupted_answer"]) if "corrupted_answer" in fields else ""
     if answer == fields.get("answer"):
         raise _Wrong("corrupted_answer", "it is the answer itself, so nothing was corrupted; change it, or remove it")
-    return Twin(prompt=corrupted, answer=answer, spans=kept)
+    return Twin(prompt=corrupted, answer=answer, spans=kept, pictures=pictures)
+
+
+def _pictures(field: str, fields: Mapping[str, Any], folder: Path) -> tuple[Picture, ...]:
+    paths = fields.get(field, [])
+    if not isinstance(paths, list):
+        raise _Wrong(field, f'must be a list of picture files such as ["a.png"], not {_shown(paths)}')
+    found = []
+    for path in paths:
+        try:
+            found.append(Picture.of_file(folder / _filled(field, path, "a picture")))
+        except InputError as error:
+            raise _Wrong(field, str(error)) from None
+    return tuple(found)
+
+
+def _regions(fields: Mapping[str, Any]) -> dict[str, Region]:
+    form = "{name: [picture, left, top, right, bottom]}"
+    regions = {}
+    for name, place in _object("regions", fields.get("regions", {}), form).items():
+        if not isinstance(place, list) or len(place) != 5 or any(type(number) is not int for number in place):
+            raise _Wrong(
+                "regions", f"{name!r} must be [picture, left, top, right, bottom] in pixels, not {_shown(place)}"
+            )
+        try:
+            regions[name] = Region(place[0], (place[1], place[2], place[3], place[4]))
+        except InputError as error:
+            raise _Wrong("regions", f"{name!r}: {error}") from None
+    return regions
 
 
 def _attributes(fields: Mapping[str, Any]) -> dict[str, str | int | float]:

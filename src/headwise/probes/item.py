@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 from headwise.errors import InputError
+from headwise.probes.picture import PICTURE_MARK, Picture, Region, Regions
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +71,13 @@ Spans = Mapping[str, tuple[Range | Quote, ...]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Twin:
-    """The corrupted partner of an item: the same length in tokens, another answer or none (empty)."""
+    """The corrupted partner of an item: the same length in tokens, another answer or none (empty); its own pictures, or
+    those of the item where it has none."""
 
     prompt: str | tuple[Message, ...]
     answer: str = ""
     spans: Spans = field(default_factory=dict)
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +94,10 @@ class Item:
         spans: named places in the prompt; a name may have several places.
         twin: the corrupted partner.
         attributes: what the item is an instance of (depth, length, template ...).
+        pictures: what stands at the `<image>` marks of the prompt, in their order.
+        regions: named places in the pictures, the same in those of the twin.
+
+    Raises `InputError` unless there are as many pictures as marks, and for a region outside them.
     """
 
     prompt: str | tuple[Message, ...]
@@ -101,13 +108,38 @@ class Item:
     spans: Spans = field(default_factory=dict)
     twin: Twin | None = None
     attributes: Mapping[str, str | int | float] = field(default_factory=dict)
+    pictures: tuple[Picture, ...] = ()
+    regions: Regions = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.pictures and not self.regions:
+            return  # a text may speak of `<image>`
+        _check_pictures(self.prompt, self.pictures, self.regions)
+        if self.twin is not None:
+            _check_pictures(self.twin.prompt, self.twin.pictures or self.pictures, self.regions)
 
     def named(self, probe: str) -> Self:
         """This item with an id made of its text, so that equal items have equal ids whatever stream they came from."""
         # The None stands where ids once had the twin; those of results on disk stay what they were.
-        content = json.dumps([_plain(self.prompt), self.answer, None])
+        content = json.dumps([_plain(self.prompt), self.answer, None, *(each.digest for each in self.pictures)])
         digest = hashlib.blake2s(content.encode(), digest_size=6).hexdigest()
         return replace(self, id=f"{probe}-{digest}")
+
+
+def _check_pictures(prompt: str | tuple[Message, ...], pictures: tuple[Picture, ...], regions: Regions) -> None:
+    text = prompt if isinstance(prompt, str) else "".join(each.content for each in prompt)
+    marks = text.count(PICTURE_MARK)
+    if marks != len(pictures):
+        raise InputError(
+            f"the prompt has {marks} marks {PICTURE_MARK} and the item {len(pictures)} pictures; put one mark in the "
+            "prompt for each picture, where it stands"
+        )
+    for name, region in regions.items():
+        if region.picture >= len(pictures):
+            raise InputError(f"region {name!r} is of picture {region.picture}, and there are {len(pictures)}, from 0")
+        width, height = pictures[region.picture].size
+        if region.box[2] > width or region.box[3] > height:
+            raise InputError(f"region {name!r} {region.box} reaches out of its picture of {width} x {height} pixels")
 
 
 def _plain(prompt: str | tuple[Message, ...]) -> object:
@@ -147,12 +179,15 @@ class Passage:
         twin_answer: str = "",
         also: tuple[str, ...] = (),
         foils: tuple[str, ...] = (),
+        pictures: tuple[Picture, ...] = (),
+        twin_pictures: tuple[Picture, ...] = (),
+        regions: Mapping[str, Region] | None = None,
         **attributes: str | int | float,
     ) -> Item:
         """An item with this text as its prompt."""
         partner = None
         if twin is not None:
-            partner = Twin(prompt=twin.text, answer=twin_answer, spans=twin.spans)
+            partner = Twin(prompt=twin.text, answer=twin_answer, spans=twin.spans, pictures=twin_pictures)
         return Item(
             prompt=self.text,
             answer=answer,
@@ -161,4 +196,6 @@ class Passage:
             spans=self.spans,
             twin=partner,
             attributes=attributes,
+            pictures=pictures,
+            regions=regions or {},
         )

@@ -14,9 +14,9 @@ Encoders count positions from the left and seldom say from which number, so ther
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
@@ -31,7 +31,7 @@ from headwise.model.finding.example import can_generate
 from headwise.model.positions import Columns
 from headwise.model.running.run import parameter_names
 from headwise.probes.batch import Batch
-from headwise.probes.encoding import Ids
+from headwise.probes.layout import Ids
 
 Want = Literal["logits", "generation", "embedding"]
 WANTS: tuple[Want, ...] = get_args(Want)
@@ -222,7 +222,9 @@ class _Form:
                     "attach it with one: hw.attach(model, tokenizer)"
                 )
 
-    def require_causal(self, inputs: dict[str, Tensor]) -> None:
+    def require_causal(
+        self, inputs: dict[str, Tensor], seeing: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    ) -> None:
         """Raises Refusal if a token changes the logits before it: an answer behind its prompt would show itself; or if
         logits are NaN, which says neither.
 
@@ -240,7 +242,7 @@ class _Form:
                 row["position_ids"] = torch.arange(row["position_ids"].shape[1], device=last.device).repeat(2, 1)
             row["input_ids"][1, -1] = last - 1 if last > 0 else last + 1
             with torch.no_grad():
-                logits = self.network(**row, **self.taken(use_cache=False)).logits
+                logits = self.network(**seeing(row), **self.taken(use_cache=False)).logits
             if bool(logits.isnan().any()):
                 raise Refusal(
                     f"the logits of {self.attached.name} are not numbers (NaN), so nothing can be told from them; "
@@ -295,7 +297,7 @@ class _Run:
                     "make it with items.batches(size), without answers=False"
                 )
             self.refuse_two_sided()
-            inputs: dict[str, Any] = self._left_padded(self.batch.input_ids.shape[1])
+            inputs: dict[str, Any] = self._seeing(self._left_padded(self.batch.input_ids.shape[1]))
             if past is not None:
                 for name in inputs.keys() & {"input_ids", "position_ids"}:
                     inputs[name] = inputs[name][:, past.column :]
@@ -320,12 +322,13 @@ class _Run:
         """Raises Refusal if the answers have several tokens, and the model would see those it has yet to say."""
         width = self.batch.input_ids.shape[1]
         if self.form.kind == "decoder" and width > self.batch.prompt_length:
-            self.form.require_causal(self._left_padded(width))
+            row = replace(self, batch=replace(self.batch, items=self.batch.items[:1] * 2))
+            self.form.require_causal(self._left_padded(width), row._seeing)
 
     def embedding(self) -> Float[Tensor, "item width"]:
         keep = self.form.taken(logits_to_keep=1)
         if self.form.kind == "decoder":
-            inputs = self._left_padded(self.batch.prompt_length)
+            inputs = self._seeing(self._left_padded(self.batch.prompt_length))
             states = _last_hidden_state(self._forward(inputs, {"output_hidden_states": True} | keep))
         elif self.form.kind == "encoder":
             inputs = self._encoded()
@@ -351,7 +354,7 @@ class _Run:
             room = self._room(self.batch.prompt_length)
             limits = [min(limit, max(room, 1)) for limit in limits]
         if self.form.kind == "decoder":
-            inputs = self._left_padded(self.batch.prompt_length)
+            inputs = self._seeing(self._left_padded(self.batch.prompt_length))
             inputs.pop("position_ids", None)  # generate counts them itself, from the mask
             start = self.batch.prompt_length
         else:
@@ -380,7 +383,31 @@ class _Run:
         positions = self.batch.position_ids[:, :width].to(device)
         return self._maskable(inputs) | self.form.taken(position_ids=positions)
 
+    def _seeing(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With the pictures of all rows."""
+        pixels, reader = self.batch.pixels, self.batch.reader
+        if not pixels or reader is None:
+            return inputs
+        unknown = sorted(pixels.keys() - self.form.accepted)
+        if unknown:
+            raise Refusal(
+                f"{self.form.attached.name} does not take {unknown[0]}, which its processor "
+                f"{type(reader.processor).__name__} makes of pictures; load the processor that belongs to it"
+            )
+        device, dtype = self.form.attached.device, self.form.attached.dtype
+        seen = {name: x.to(device, dtype if x.is_floating_point() else None) for name, x in pixels.items()}
+        if reader.types in self.form.accepted:
+            seen[reader.types] = (inputs["input_ids"] == reader.token).long()
+        # Models that place pictures in two dimensions count all positions themselves.
+        own = inputs if "image_grid_thw" not in pixels else _without(inputs, "position_ids")
+        return own | seen
+
     def _encoded(self) -> dict[str, Tensor]:
+        if self.batch.pixels:
+            raise Refusal(
+                f"{self.form.attached.name} does not continue its prompt, and pictures stand in prompts that are "
+                "continued; use a decoder that sees"
+            )
         ids, mask = self._right_padded([each.prompt + self.batch.suffix for each in self.batch.items])
         return self._maskable({"input_ids": ids, "attention_mask": mask})
 
@@ -444,6 +471,10 @@ def _greedy(network: Any, new_tokens: int) -> Iterator[frozenset[int]]:
 def _until(row: list[int], ends: frozenset[int]) -> list[int]:
     stop = next((index + 1 for index, id in enumerate(row) if id in ends), len(row))
     return row[:stop]
+
+
+def _without(inputs: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key: value for key, value in inputs.items() if key != name}
 
 
 def _last_hidden_state(output: Any) -> Any:

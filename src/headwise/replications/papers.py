@@ -14,6 +14,7 @@ from typing import cast
 
 from headwise import catalogue
 from headwise.catalogue import MethodEntry
+from headwise.find.method import LibraryMethod
 from headwise.replications.published import replications
 
 NOT_YET = "not yet"
@@ -51,7 +52,7 @@ class Paper:
     def offers(self) -> tuple[Offer, ...]:
         """What can be run of it now: its registered methods, its replications, other objects."""
         known = {entry.id: cast(MethodEntry, entry) for entry in catalogue.entries("methods")}
-        found = [Offer(f"headwise find {id} MODEL", f"tier {known[id].tier}") for id in self.methods if id in known]
+        found = [Offer(_command(known[id]), f"tier {known[id].tier}") for id in self.methods if id in known]
         again = [each for each in replications() if each.paper == self.title]
         found += [Offer(f"headwise replicate {each.id} MODEL", each.status) for each in again]
         return (*found, *(Offer(name, _kind(name)) for name in self.objects))
@@ -79,6 +80,10 @@ def papers() -> tuple[Paper, ...]:
     others = [cast(MethodEntry, entry) for entry in catalogue.entries("methods") if entry.id not in named]
     added = [Paper(entry.paper, entry.year, entry.title, (entry.id,)) for entry in others]
     return tuple(sorted((*listed, *added), key=lambda paper: (paper.title.casefold(), paper.year)))
+
+
+def _command(method: MethodEntry) -> str:
+    return method.call if isinstance(method, LibraryMethod) else f"headwise find {method.id} MODEL"
 
 
 def _kind(name: str) -> str:

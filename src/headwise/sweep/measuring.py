@@ -28,8 +28,9 @@ from headwise.model.attached import AttachedModel
 from headwise.model.running.courses import course_of, occupied, same_logits
 from headwise.model.running.resuming import Course, Kept, Start, keeping, resumed
 from headwise.model.running.shared_cache import can_be_shared, shared_cache
-from headwise.probes.batch import Batch, pad
-from headwise.probes.encoding import EncodedItem, ItemSet
+from headwise.probes.batch import Batch
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.encoding import ItemSet
 from headwise.probes.outcome import Outcome, Past, observe, places, refuse_spans_in_the_decoder, refuse_two_sided
 from headwise.sweep.knockout import KnockOut, Patch, TwinZ, edits_of
 from headwise.sweep.memory import budget_of, out_of_memory
@@ -205,7 +206,7 @@ class _Chunk:
         return torch.cat([values for values, _ in parts], dim=1), sum(met for _, met in parts)
 
     def _measured(self, sets: Sequence[HeadSet]) -> tuple[Float[Tensor, "set item"], int]:
-        single = pad(self.items, self.of.pad, self.of.suffix, answers=True)
+        single = self.of.batch(self.items)
         if "logits" in self.metric.needs:
             refuse_two_sided(self.model, single)
         values = torch.full((len(sets), len(self.items)), torch.nan, dtype=torch.float64)
@@ -261,8 +262,9 @@ class _Chunk:
         union = HeadSet(tuple(dict.fromkeys(member for heads in sets for member in heads)))
         if not union:
             return {}
-        there = tuple(replace(each, prompt=each.twin.prompt) for each in self.items if each.twin is not None)
-        batch = pad(there, self.of.pad, self.of.suffix, answers=True)
+        twins = [(each, each.twin) for each in self.items if each.twin is not None]
+        there = tuple(replace(each, prompt=twin.prompt, pixels=twin.pixels) for each, twin in twins)
+        batch = self.of.batch(there)
         with self.model.reading(read.z(heads=union)) as got:
             observe(self.model, batch, wants=self.metric.wants)
         return {site: TwinZ(union.at(site), got.z[site.label].detach()) for site in union.sites}
@@ -270,7 +272,8 @@ class _Chunk:
     def _first_column(self, batch: Batch) -> int:
         """The first column at which something is edited, or a logit is wanted; 0 where that cannot be told."""
         at = places(self.model, batch)
-        if self.metric.wants != {"logits"} or at.prompt_length is None:
+        # The cells of a picture come with all its tokens, and some models count their places with it.
+        if self.metric.wants != {"logits"} or at.prompt_length is None or batch.pixels:
             return 0
         wanted = at.prompt_length - 1
         scope = self.knock_out.scope
@@ -310,7 +313,7 @@ class _Chunk:
     def _under(self, sets: Sequence[HeadSet], before: _Before) -> tuple[Float[Tensor, "set item"], int]:
         """The metric under sets whose first block is the same, in one run, and at how many positions it edited."""
         rows = len(self.items)
-        batch = pad(self.items * len(sets), self.of.pad, self.of.suffix, answers=True)
+        batch = self.of.batch(self.items * len(sets))
         edits = edits_of(self.knock_out, sets, rows, self.model.device, before.twins)
         refuse_spans_in_the_decoder(self.model, edits)
         kept, past = before.kept, before.past

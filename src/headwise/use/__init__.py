@@ -28,6 +28,11 @@ from headwise.use.knowledge.juice import JUICE, JustRunOnce
 from headwise.use.knowledge.knowledge_pruning import PH3
 from headwise.use.knowledge.temporal_edit import TemporalEdit
 from headwise.use.knowledge.value_scaling import FactualScaling
+from headwise.use.looking.gaze import GazeRedirection
+from headwise.use.looking.paint import PAINT
+from headwise.use.looking.redistribution import VAR
+from headwise.use.looking.reinforcement import VHR
+from headwise.use.looking.vision_pruning import VisionPruning
 from headwise.use.scaling import HeadOffset, HeadRemoval, HeadScaling
 from headwise.use.sharing.adapter import Adapter
 from headwise.use.sharing.hub import from_pretrained, push_to_hub
@@ -50,6 +55,11 @@ FILES = (
     "attention.temperature",
     "attention.zero_tuning",
     "directions.soft_injection",
+    "looking.reinforcement",
+    "looking.redistribution",
+    "looking.gaze",
+    "looking.paint",
+    "looking.vision_pruning",
 )
 """The modules of this room that define interventions, each as `INTERVENTIONS`."""
 
@@ -63,7 +73,10 @@ __all__ = [
     "INTERVENTIONS",
     "ITI",
     "JUICE",
+    "PAINT",
     "PH3",
+    "VAR",
+    "VHR",
     "Adapter",
     "AttentionCalibration",
     "AttentionTemperature",
@@ -71,6 +84,7 @@ __all__ = [
     "DeCoRe",
     "DoLa",
     "FactualScaling",
+    "GazeRedirection",
     "HeadOffset",
     "HeadPursuit",
     "HeadRemoval",
@@ -82,6 +96,7 @@ __all__ = [
     "SpanEmphasis",
     "TemporalEdit",
     "Together",
+    "VisionPruning",
     "ZeroTuning",
     "evaluate",
     "from_pretrained",

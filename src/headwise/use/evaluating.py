@@ -214,7 +214,7 @@ def _elsewhere(
 ) -> Comparison:
     if model.tokenizer is None:
         raise Refusal(f"{model.name} has no tokenizer, so no probe can be written for it")
-    items = encode(probe_named(probe), model.tokenizer, n=OFF_TARGET_ITEMS, seed=f"off target/{seed}")
+    items = encode(probe_named(probe), model, n=OFF_TARGET_ITEMS, seed=f"off target/{seed}")
     everywhere = [_outside_spans(each) for each in (intervention, *controls)]
     return compare(model, everywhere[0], items, controls=everywhere[1:], match=match)
 

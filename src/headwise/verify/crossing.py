@@ -120,7 +120,7 @@ def fresh_again(
     """
     wanted, n = set(ids), len(ids)
     while True:
-        drawn = encode(probe, model.tokenizer, n=n, seed=_stream(seed), max_tokens=max_tokens)
+        drawn = encode(probe, model, n=n, seed=_stream(seed), max_tokens=max_tokens)
         missing = wanted - set(drawn.ids)
         if not missing:
             return drawn.only([each in wanted for each in drawn.ids], "it is none of these")
@@ -221,7 +221,7 @@ def _unseen(model: AttachedModel, probe: Probe, n: int, used: set[str], max_toke
     wanted = n
     while True:
         try:
-            drawn = encode(probe, model.tokenizer, n=wanted, seed=_stream(seed), max_tokens=max_tokens)
+            drawn = encode(probe, model, n=wanted, seed=_stream(seed), max_tokens=max_tokens)
         except InputError as error:
             raise InputError(f"{n} fresh items are wanted, beside those that found or tested heads: {error}") from None
         left = drawn.only([each not in used for each in drawn.ids], "it found or tested heads")

@@ -122,9 +122,10 @@ def used_ids(
     if (file := _file(probe)) is not None:
         testing = {each.id for each in half_for_testing(file)}
         return frozenset(each.id for each in read_items(file)) - testing
-    chosen, tokenizer = _probe(probe), _tokenizer(model)
+    chosen = _probe(probe)
+    _require_tokenizer(model)
     try:
-        return frozenset(encode(chosen, tokenizer, n=max(n, FOUND_BY_DEFAULT), seed=seed).ids)
+        return frozenset(encode(chosen, model, n=max(n, FOUND_BY_DEFAULT), seed=seed).ids)
     except InputError as error:
         raise _too_few(chosen, n, error) from None
 
@@ -142,9 +143,9 @@ def unseen_items(
         raise InputError('verify needs the behaviour to test on: probe="ioi", a probe file, or encoded items')
     if isinstance(probe, ItemSet):
         return _unused(probe, used)
-    tokenizer = _tokenizer(model)
+    _require_tokenizer(model)
     if (file := _file(probe)) is not None:
-        return _unused(encode(read_items(file), tokenizer, name=file.stem), used)
+        return _unused(encode(read_items(file), model, name=file.stem), used)
     chosen = _probe(probe)
     try:
         return _drawn(chosen, model, n, used, seed)
@@ -152,12 +153,11 @@ def unseen_items(
         raise _too_few(chosen, n, error) from None
 
 
-def _tokenizer(model: AttachedModel) -> Any:
+def _require_tokenizer(model: AttachedModel) -> None:
     if model.tokenizer is None:
         raise InputError(
             f"{model.name} has no tokenizer, so no probe can be written for it; attach one, or pass encoded items"
         )
-    return model.tokenizer
 
 
 def _too_few(chosen: Probe, n: int, error: InputError) -> InputError:
@@ -212,7 +212,7 @@ def _probe(probe: str | Path | Probe) -> Probe:
 def _drawn(chosen: Probe, model: AttachedModel, n: int, used: frozenset[str], seed: int) -> ItemSet:
     wanted = n
     while True:
-        drawn = encode(chosen, model.tokenizer, n=wanted, seed=f"verify/{seed}")
+        drawn = encode(chosen, model, n=wanted, seed=f"verify/{seed}")
         left = drawn.only([each not in used for each in drawn.ids], FOUND_WITH)
         if len(left) >= n:
             return left
@@ -261,7 +261,7 @@ def measure_off_target(
     """
     if model.tokenizer is None:
         return None
-    drawn = encode(probe_named(probe), model.tokenizer, n=items, seed=f"off target/{seed}")
+    drawn = encode(probe_named(probe), model, n=items, seed=f"off target/{seed}")
     chosen = metric_named(drawn.metric)
     sets = [HeadSet(), joint.heads, *joint.controls.sets[:n_controls]]
     if knock_out.scope.startswith("span:"):
@@ -317,10 +317,10 @@ def _untested(model: AttachedModel, testing: ItemSet, probe: str | Path | Probe 
     if isinstance(probe, ItemSet):
         pool = probe
     elif (file := _file(probe)) is not None:
-        pool = encode(read_items(file), model.tokenizer, name=file.stem)
+        pool = encode(read_items(file), model, name=file.stem)
     else:
         assert probe is not None
-        pool = encode(_probe(probe), model.tokenizer, n=REFERENCE_ITEMS, seed=f"reference/{seed}")
+        pool = encode(_probe(probe), model, n=REFERENCE_ITEMS, seed=f"reference/{seed}")
     tested = frozenset(testing.ids)
     return pool.only([each not in tested for each in pool.ids], "it is tested")
 

@@ -18,6 +18,8 @@ from headwise.zoo.diffusion import DENOISERS, build_denoiser
 from headwise.zoo.organism import TITLE, load_organism
 from headwise.zoo.planted import PLANTED_NAMES, planted_named
 from headwise.zoo.tiny import Organism, build_tiny, outside_registry, tiny_types
+from headwise.zoo.visual_organism import TITLE as VISUAL_TITLE
+from headwise.zoo.visual_organism import load_visual_organism
 
 
 def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, attn: str | None = None) -> Organism:
@@ -29,10 +31,10 @@ def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, attn:
     Raises `InputError` for an unknown name, for an attention implementation that the type does not have, and for a seed
     that the model does not have.
     """
-    if name == "organism":
+    if name in _TRAINED:
         if seed != 0:
-            raise InputError(f"organism has trained weights and no seed {seed}; leave seed out")
-        return load_organism(dtype=dtype, attn=attn)
+            raise InputError(f"{name} has trained weights and no seed {seed}; leave seed out")
+        return _TRAINED[name](dtype=dtype, attn=attn)
     if name not in _BUILDERS:
         close = get_close_matches(name, names(), n=3, cutoff=0.5)
         nearest = f"did you mean {' or '.join(close)}?" if close else f"choose one of: {', '.join(names())}"
@@ -42,8 +44,10 @@ def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, attn:
 
 def names() -> tuple[str, ...]:
     """Every name that `build` takes."""
-    return ("organism", *_BUILDERS)
+    return (*_TRAINED, *_BUILDERS)
 
+
+_TRAINED: dict[str, Callable[..., Organism]] = {"organism": load_organism, "visual-organism": load_visual_organism}
 
 _BUILDERS: dict[str, Callable[..., Organism]] = {
     **{name: partial(planted_named, name) for name in PLANTED_NAMES},
@@ -52,6 +56,7 @@ _BUILDERS: dict[str, Callable[..., Organism]] = {
 }
 
 register(Entry(id="organism", kind="models", title=TITLE, page="organism.md"))
+register(Entry(id="visual-organism", kind="models", title=VISUAL_TITLE, page="visual-organism.md"))
 for _name, _architecture in PLANTED_NAMES.items():
     register(Entry(id=_name, kind="models", title=f"planted heads, {_architecture} shape", page="planted.md"))
 for _type in (*tiny_types(), *outside_registry()):

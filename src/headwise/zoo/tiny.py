@@ -7,16 +7,17 @@ output projection, its KV group, its mask) is as true of the large model of the 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from headwise.errors import InputError
 from headwise.zoo.decoders import DECODERS
 from headwise.zoo.encoders import ENCODER_DECODERS, ENCODERS, SPEECH
+from headwise.zoo.processors import PROCESSORS
 from headwise.zoo.table import TinyType
 from headwise.zoo.tokens import byte_tokenizer
 from headwise.zoo.unregistered import OUTSIDE_REGISTRY
@@ -28,8 +29,9 @@ from headwise.zoo.weights import roughen
 class Organism:
     """A model of the zoo with what is needed to run it.
 
-    `model` is in eval mode on the CPU. `tokenizer` is None where the model takes no text. `example` holds the inputs
-    of one plain forward, two rows, that reaches every attention module: `model(**example)`.
+    `model` is in eval mode on the CPU. `tokenizer` is None where the model takes no text, and `processor` where it
+    takes no pictures with it. `example` holds the inputs of one plain forward, two rows, that reaches every attention
+    module: `model(**example)`.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Organism:
     tokenizer: PreTrainedTokenizerBase | None
     example: dict[str, Tensor]
     title: str
+    processor: ProcessorMixin | None = field(default=None, kw_only=True)
 
 
 def build_tiny(
@@ -66,7 +69,9 @@ def build_tiny(
     tokenizer = None
     if inputs.keys() & {"input_ids", "decoder_input_ids"}:
         tokenizer = byte_tokenizer("left" if row.tags & {"decoder", "vlm"} else "right")
-    return Organism(row.name, model.eval(), tokenizer, example, row.title)
+    writes = PROCESSORS.get(row.model_type)
+    processor = None if tokenizer is None or writes is None else writes(tokenizer)
+    return Organism(row.name, model.eval(), tokenizer, example, row.title, processor=processor)
 
 
 def tiny_types() -> tuple[TinyType, ...]:

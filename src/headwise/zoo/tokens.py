@@ -36,7 +36,10 @@ def byte_tokenizer(padding_side: Literal["left", "right"], *, max_length: int = 
         bos_token="<s>",
         eos_token="</s>",
         mask_token="<mask>",
-        extra_special_tokens=list(SPECIAL_TOKENS[4:]),
+        # Processors ask the tokenizer for these by name.
+        extra_special_tokens=dict(
+            zip(("image_token", "video_token", "boi_token", "eoi_token"), SPECIAL_TOKENS[4:], strict=True)
+        ),
         padding_side=padding_side,
         model_max_length=max_length,
         model_input_names=["input_ids", "attention_mask"],

@@ -21,7 +21,7 @@ from headwise.zoo.examples import (
     image_in_prompt_qwen,
 )
 from headwise.zoo.table import TinyType, tags
-from headwise.zoo.tokens import IMAGE, IMAGE_END, IMAGE_START, VIDEO
+from headwise.zoo.tokens import IMAGE, IMAGE_END, IMAGE_START, PAD, VIDEO, VOCAB_SIZE
 
 # 3 heads of 8: unlike the text towers in everything, so that a mix-up of the two shows.
 TOWER: dict[str, Any] = {
@@ -183,9 +183,10 @@ VLMS = (
         "Idefics3: patches shuffled together, then Llama",
         "gqa",
         image_in_prompt_idefics,
-        text_config=WIDE_HEADS | {"model_type": "llama"},
+        text_config=WIDE_HEADS | {"model_type": "llama", "vocab_size": VOCAB_SIZE + 16},  # tiles have tokens, too
         vision_config=TOWER,
         image_token_id=IMAGE,
+        pad_token_id=PAD,
         scale_factor=2,
     ),
     vlm(
@@ -194,9 +195,10 @@ VLMS = (
         "SmolVLM: as Idefics3, for small machines",
         "gqa",
         image_in_prompt_idefics,
-        text_config=WIDE_HEADS | {"model_type": "llama"},
+        text_config=WIDE_HEADS | {"model_type": "llama", "vocab_size": VOCAB_SIZE + 16},  # tiles have tokens, too
         vision_config=TOWER,
         image_token_id=IMAGE,
+        pad_token_id=PAD,
         scale_factor=2,
     ),
 )

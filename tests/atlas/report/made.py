@@ -15,12 +15,14 @@ from headwise.atlas.report.view import (
     Failure,
     Fresh,
     HeadMap,
+    Kinds,
     Masked,
     Matrix,
     Off,
     Pair,
     Pattern,
     Report,
+    Shot,
     Shown,
 )
 from headwise.verify.verdict import Ruling
@@ -92,6 +94,17 @@ def behaviour(
         joints=joints,
         singles=singles,
     )
+
+
+def strip(draw: np.random.Generator, side: int) -> Shot:
+    """A strip of six coloured panels on gray, in cells of the same size."""
+    pixels = np.full((48, 48, 3), 150, np.uint8)
+    for panel in range(6):
+        top, left = divmod(panel, 3)
+        pixels[24 * top + 4 : 24 * top + 20, 16 * left + 3 : 16 * left + 13] = draw.integers(0, 255, 3)
+    across = 48 / side
+    boxes = [(x * across, y * across, (x + 1) * across, (y + 1) * across) for y in range(side) for x in range(side)]
+    return Shot((48, 48), pixels, np.array(boxes))
 
 
 def report() -> Report:
@@ -199,6 +212,14 @@ def report() -> Report:
     long = tuple(f" word{i}" for i in range(220))
     spread = draw.dirichlet(np.full(220, 0.05))
     x = (0.0, 0.25, 0.5, 0.75, 1.0)
+    seen = (strip(draw, 6), strip(draw, 6), strip(draw, 4))
+    looks = []
+    for head, share in (("L6H3", 0.8), ("L5H1", 0.3), ("L2H2", 0.002)):
+        cells = draw.dirichlet(np.full(88, 0.15)) * share
+        parts = (cells[:36], cells[36:72], cells[72:])
+        on_tokens = (*(float(part.sum()) for part in parts), (1 - share) / 2, (1 - share) / 2)
+        looks.append(Pattern(head, on_tokens, head != "L2H2", tuple(tuple(map(float, part)) for part in parts)))
+    album = ("[picture 1]", " [picture 2]", " [picture 3]", f" What is in panel 3 {EVIL}?", " Answer:")
     return Report(
         model=f"zoo:planted {EVIL}",
         n_heads=LAYERS * HEADS,
@@ -232,11 +253,14 @@ def report() -> Report:
             ),
             (Alike("ioi", "needle", 0.04, 0, 0.06, 1.0), Alike("ioi", "conflict", 0.41, 1, 0.06, 0.055)),
             (Masked(0.2, 14, 31.0, 42.5, -0.4, 0.1), Masked(0.3, 21, 18.25, 20.0, 1.5, 2.0)),
+            n_pictures=3,
+            kinds=Kinds(5, 4, 1, 0.56, 0.47, 6, 12),
         ),
         examples=(
             Example("ioi", "3fa9c1d2", tokens, " Mary", patterns),
             Example("text", "5e1d0c2b", tokens, "", patterns),
             Example("needle", "77ab01ff", long, " word9", (Pattern("L3H0", tuple(float(w) for w in spread), False),)),
+            Example("panel", "0badcafe", album, " red star", tuple(looks), seen),
         ),
         doses=(
             Dose("ioi", "L5H1, L6H3, L7H0", "strength", "logits", 31, x, (0, 0.4, 1.4, 3.1, 4.4),

@@ -139,10 +139,58 @@ def test_an_example_shows_the_head_that_was_chosen(browser: Any, address: str) -
     assert steps == [sum(w >= b for b in (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)) for w in weights]
 
 
+def test_a_head_on_a_picture_names_its_cells_by_keys_and_by_pointer(browser: Any, address: str) -> None:
+    page = Opened(browser, address, WIDE).page
+    shown = made.report().examples[-1]
+    figure = page.locator(".looks figure", has=page.locator("svg.look")).first
+    look, output = figure.locator("svg.look"), figure.locator("output")
+    before = output.inner_text()
+    cells = [weight for part in shown.patterns[0].cells for weight in part]
+    most = max(range(len(cells)), key=cells.__getitem__)
+    assert before.startswith(f"most: {cell(most)}: weight ")
+    look.focus()
+    page.keyboard.press("Home")
+    assert output.inner_text() == f"{cell(0)}: weight {_two(cells[0])}"
+    for key, at in (("ArrowRight", 1), ("ArrowDown", 7), ("ArrowLeft", 6), ("ArrowLeft", 6), ("ArrowUp", 0)):
+        page.keyboard.press(key)
+        assert output.inner_text() == f"{cell(at)}: weight {_two(cells[at])}", key
+    page.keyboard.press("End")
+    assert output.inner_text() == f"{cell(87)}: weight {_two(cells[87])}"
+    for _ in range(4):
+        page.keyboard.press("ArrowUp")  # from the last picture to the one above it
+    assert output.inner_text().startswith("picture 1, ")
+    box = look.bounding_box()
+    scale = box["width"] / 328  # two pictures of 160, and a gap of 8
+    page.mouse.move(box["x"] + (168 + 1.5 * 160 / 6) * scale, box["y"] + 2.5 * 160 / 6 * scale)
+    assert output.inner_text() == f"{cell(36 + 13)}: weight {_two(cells[36 + 13])}"
+    page.mouse.move(0, 0)
+    page.evaluate("document.activeElement.blur()")
+    assert output.inner_text() == before
+
+
+def cell(number: int) -> str:
+    """In words, of the three pictures: two of 6 x 6 cells of 8 pixels, one of 4 x 4 of 12."""
+    picture, place = (number // 36, number % 36) if number < 72 else (2, number - 72)
+    columns, wide = (6, 8) if picture < 2 else (4, 12)
+    row, column = divmod(place, columns)
+    left, top = wide * column, wide * row
+    return f"picture {picture + 1}, {left} to {left + wide} across, {top} to {top + wide} down"
+
+
+def test_pictures_are_there_and_drawn_over(browser: Any, address: str) -> None:
+    page = Opened(browser, address, NARROW).page
+    assert page.locator(".looks image").count() == 3
+    assert page.locator(".looks use").count() == 9
+    drawn = page.evaluate("[...document.querySelectorAll('.looks use')].map((e) => e.getBoundingClientRect().width)")
+    assert min(drawn) > 50
+    # The script's own drawing needs no inline style, which the page would allow, and no other file.
+    assert page.locator(".look .shade").count() > 3
+
+
 def test_everything_that_acts_can_be_reached_by_keys(browser: Any, address: str) -> None:
     page = Opened(browser, address, WIDE).page
     wanted = page.evaluate(
-        "document.querySelectorAll('a, button:not([hidden]), summary, svg.map, .tokens, .scroll').length"
+        "document.querySelectorAll('a, button:not([hidden]), summary, svg.map, svg.look, .tokens, .scroll').length"
     )
     page.evaluate("window.met = new Set(); document.addEventListener('focusin', (event) => met.add(event.target))")
     for _ in range(wanted + 10):
@@ -157,6 +205,11 @@ def test_it_reads_without_its_script(browser: Any, address: str) -> None:
     assert "highest: L6H3" in page.inner_text("figure output >> nth=0")
     assert "L6H3 \u2192 token" in page.inner_text(".example output >> nth=0")
     context.close()
+
+
+def _two(weight: float) -> str:
+    """As the page has a weight, and its script writes it."""
+    return _three(float(f"{weight:.2g}") if weight >= 1e-4 else 0.0)
 
 
 def _three(value: float) -> str:

@@ -15,7 +15,8 @@ import headwise as hw
 from headwise.errors import InputError
 from headwise.heads import HeadSet
 from headwise.model.attached import AttachedModel
-from headwise.probes.encoding import EncodedItem, ItemSet
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.encoding import ItemSet
 from headwise.probes.item import Item
 from headwise.use.directions.inference_time import ITI
 from headwise.use.directions.linear_probes import HeadProbes, head_probes, last_z, statements

@@ -13,7 +13,8 @@ import headwise as hw
 from headwise.errors import InputError
 from headwise.heads import HeadSet
 from headwise.model.attached import AttachedModel
-from headwise.probes.encoding import EncodedItem, EncodedTwin, ItemSet
+from headwise.probes.encoded import EncodedItem, EncodedTwin
+from headwise.probes.encoding import ItemSet
 from headwise.probes.item import Item, Twin
 from headwise.probes.outcome import places
 from headwise.use.knowledge.temporal_edit import TemporalEdit, mean_values

@@ -15,7 +15,8 @@ from torch import nn
 import headwise as hw
 from headwise.find import find
 from headwise.model.attached import AttachedModel
-from headwise.probes.encoding import EncodedItem, ItemSet
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.encoding import ItemSet
 from headwise.probes.item import Item
 from headwise.use.intervention import Intervention
 from headwise.use.knowledge.knowledge_pruning import PH3

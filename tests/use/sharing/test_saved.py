@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
@@ -23,6 +24,7 @@ from headwise.errors import InputError, Refusal
 from headwise.fit.head_lora import HeadAdapter, fit_head_lora
 from headwise.fit.training import Schedule
 from headwise.heads import HeadSet, KVGroup
+from headwise.model.edit import Edit
 from headwise.scores import HeadScores
 from headwise.use.intervention import Intervention, Together
 from headwise.use.sharing import saved
@@ -35,6 +37,11 @@ HEADS = "L0H1, L1H2"
 @cache
 def llama() -> hw.AttachedModel:
     return hw.load("zoo:tiny-llama")
+
+
+@cache
+def llava() -> hw.AttachedModel:
+    return hw.load("zoo:tiny-llava")
 
 
 @cache
@@ -81,9 +88,21 @@ EXAMPLES: dict[str, Callable[[], Intervention]] = {
     "dola": lambda: use.DoLa((0, 1), "normed", 0.2),
     "context-aware": lambda: use.ContextAware(1.5, "passage", 0.1, "caches"),
     "soft-injection": lambda: use.SoftInjection(vectors(), {"L0H1": 0.25, "L1H2": 0.75}),
+    "gaze-redirection": lambda: use.GazeRedirection(
+        HEADS, "image:0", ((2, "image:1"),), 3.0, "suppress-image", "decode"
+    ),
+    "paint": lambda: use.PAINT(HEADS, 0.5, 0.2, {"L0H1": 1.0, "L1H2": 0.5}, 0.5, 1),
+    "vision-head-reinforcement": lambda: use.VHR(3.0, 2, None, "all"),
+    "vision-pruning": lambda: use.VisionPruning(0.5, 0.2, 0.6, 0.1, 1),
+    "visual-attention-redistribution": lambda: use.VAR((3,), 0.5, 3.0, 0.4, 0.1, HEADS),
     "together": lambda: Together((use.HeadScaling("L0H0", 2.0), Together((use.HeadRemoval(HEADS, "uniform"),)))),
 }
-"""An example of every intervention, with every setting away from its default, made for `llama()`."""
+"""An example of every intervention, with every setting away from its default, made for `model_of(id)`."""
+
+
+def model_of(id: str) -> hw.AttachedModel:
+    seeing = next((each for each in entries("interventions") if each.id == id and "looking" in each.page), None)
+    return llama() if seeing is None else llava()
 
 
 def same(one: Any, other: Any) -> bool:
@@ -103,18 +122,23 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other) or (one != one and other != other)
 
 
+def shown(edits: tuple[Edit, ...]) -> list[str]:
+    """What they say of themselves, but for where their functions lie in memory."""
+    return [re.sub(r" at 0x[0-9a-f]+", "", repr(each)) for each in edits]
+
+
 def test_every_intervention_has_an_example() -> None:
     assert {each.id for each in entries("interventions")} | {"together"} == EXAMPLES.keys()
 
 
 @pytest.mark.parametrize("id", EXAMPLES)
 def test_an_intervention_comes_back_as_it_was(id: str, tmp_path: Path) -> None:
-    given = EXAMPLES[id]()
-    folder = use.save(given, tmp_path / "it", model=llama(), licence="CC-BY-4.0")
-    found = use.load(folder, llama())
+    given, model = EXAMPLES[id](), model_of(id)
+    folder = use.save(given, tmp_path / "it", model=model, licence="CC-BY-4.0")
+    found = use.load(folder, model)
     assert found.id == id
     assert same(given, found)
-    assert [repr(each) for each in found.edits(llama())] == [repr(each) for each in given.edits(llama())]
+    assert shown(found.edits(model)) == shown(given.edits(model))
 
 
 def test_what_is_loaded_does_what_was_saved(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from headwise.atlas.report.charts import curve
 from headwise.atlas.report.markup import Html, join, tag
 from headwise.atlas.report.numerals import number
+from headwise.atlas.report.overlays import FAINT, overlays
 from headwise.atlas.report.view import Dose, Example, Pattern
 
 BOUNDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
@@ -22,7 +23,14 @@ def examples(drawn: Sequence[Example]) -> Html:
         *(tag("span", f"\u2265\u202f{bound:g}", class_=f"t c{i + 1}") for i, bound in enumerate(BOUNDS)),
         class_="note shades",
     )
-    return join(key, *(_example(each) for each in drawn))
+    pictured = tag(
+        "p",
+        "On pictures: the fuller the colour, the more of a head's attention goes there, from the same position; full "
+        f"is the head's strongest cell, or \u2265\u202f{FAINT:g}.",
+        class_="note",
+    )
+    seen = pictured if any(each.pictures for each in drawn) else None
+    return join(key, seen, *(_example(each, f"picture-{number}") for number, each in enumerate(drawn)))
 
 
 def _from(example: Example) -> str:
@@ -54,7 +62,7 @@ def doses(drawn: Sequence[Dose]) -> Html:
     return join(key, tag("div", *figures, class_="doses"))
 
 
-def _example(example: Example) -> Html:
+def _example(example: Example, name: str) -> Html:
     first = example.patterns[0] if example.patterns else None
     tokens = [
         # The space before a word stays outside: at the end of a line it would be shaded alone.
@@ -90,6 +98,7 @@ def _example(example: Example) -> Html:
         ),
         tag("p", "answer: ", tag("b", _visible(example.answer)), class_="answer") if example.answer else None,
         tag("output", _strongest(example, first) if first else "no pattern was kept"),
+        overlays(example, name) if example.pictures else None,
         class_="example",
     )
 

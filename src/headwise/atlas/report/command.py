@@ -17,7 +17,7 @@ def command_of(manifest: Manifest, folder: str) -> str:
     settings, model = manifest.settings, manifest.model
     options = {
         "out": folder,
-        "probes": ",".join(each.id for each in manifest.behaviours),
+        "probes": ",".join(each.file or each.id for each in manifest.behaviours),
         "methods": ",".join(each.id for each in manifest.methods),
         "items": settings.items,
         "seed": settings.seed,
@@ -41,7 +41,7 @@ def beyond_command(manifest: Manifest) -> str:
     probes = {each.id: each for each in catalogue.entries("probes") if isinstance(each, Probe)}
     methods = {each.id for each in catalogue.entries("methods")}
     own = [each.id for each in manifest.methods if each.id not in methods]
-    for card in manifest.behaviours:
+    for card in (each for each in manifest.behaviours if not each.file):
         if card.id not in probes:
             own.append(card.id)
         elif changed := _changed(card, probes[card.id]):

@@ -11,7 +11,7 @@ from headwise.atlas.report.charts import heat_map, legend
 from headwise.atlas.report.colours import Scale
 from headwise.atlas.report.markup import Html, cell, join, tag
 from headwise.atlas.report.numerals import NONE, chance_of, counted, interval, number, percent
-from headwise.atlas.report.view import HeadMap, Matrix
+from headwise.atlas.report.view import HeadMap, Kinds, Matrix
 
 TOP = 5
 PAIRS_SHOWN = 30
@@ -47,7 +47,10 @@ def matrix(found: Matrix) -> Html:
     head = tag(
         "tr",
         tag("th", "Head", scope="col"),
-        *(tag("th", tag("span", name), scope="col", class_="up") for name in found.behaviours),
+        *(
+            tag("th", tag("span", name), scope="col", class_="up first" if place == _first_picture(found) else "up")
+            for place, name in enumerate(found.behaviours)
+        ),
         tag("th", tag("span", "selectivity"), scope="col", class_="up n"),
     )
     rows = [
@@ -59,7 +62,7 @@ def matrix(found: Matrix) -> Html:
         )
         for row, label in enumerate(found.heads)
     ]
-    table = tag("table", tag("thead", head), tag("tbody", *rows), class_="matrix")
+    table = tag("table", tag("thead", _kinds_above(found), head), tag("tbody", *rows), class_="matrix")
     return join(
         tag(
             "p",
@@ -70,9 +73,41 @@ def matrix(found: Matrix) -> Html:
             class_="note",
         ),
         tag("div", table, class_="scroll", tabindex=0, role="region", aria_label="specialisation matrix"),
+        tag("p", text_against_pictures(found.kinds)) if found.kinds else None,
         _pairs(found),
         _alike(found),
         _masked(found),
+    )
+
+
+def text_against_pictures(found: Kinds) -> str:
+    """How far heads divide by what is asked about, in words."""
+    heads = (
+        f"{counted(found.text, 'head')} verified for a behaviour of text, {found.pictures} for one of pictures, "
+        f"{found.both} for both ({number(found.by_chance, 2)} by chance, p {chance_of(found.p)})."
+    )
+    if not found.pairs:
+        return heads
+    return (
+        f"{heads} {found.double} of {counted(found.pairs, 'pair')} of a text and a picture behaviour rest on different "
+        "heads (double dissociation)."
+    )
+
+
+def _first_picture(found: Matrix) -> int:
+    """The column with which behaviours of pictures begin; -1 where there is one kind."""
+    return len(found.behaviours) - found.n_pictures if found.kinds else -1
+
+
+def _kinds_above(found: Matrix) -> Html | None:
+    if not found.kinds:
+        return None
+    return tag(
+        "tr",
+        tag("td"),
+        tag("th", "Text", scope="colgroup", colspan=_first_picture(found), class_="kind"),
+        tag("th", "Pictures", scope="colgroup", colspan=found.n_pictures, class_="kind first"),
+        tag("td"),
     )
 
 
@@ -106,15 +141,19 @@ def _largest_heads(drawn: HeadMap) -> str:
 
 def _cell(found: Matrix, scale: Scale, row: int, column: int) -> Html:
     share = float(found.shares[row, column])
+    first = " first" if column == _first_picture(found) else ""
     if not isfinite(share):
-        return tag("td", NONE, class_="none", title="not measured")
+        return tag("td", NONE, class_=f"none{first}", title="not measured")
     sure = bool(found.verified[row, column])
     text = f"{100 * share:.0f}".replace("-0", "0").replace("-", "\u2212")
     said = f"{found.heads[row]} on {found.behaviours[column]}: {percent(share)} of reach, " + (
         "verified" if sure else "descriptive: not verified"
     )
     return tag(
-        "td", tag("b", text) if sure else text, class_=f"{scale.step(share)} {'sure' if sure else 'unsure'}", title=said
+        "td",
+        tag("b", text) if sure else text,
+        class_=f"{scale.step(share)} {'sure' if sure else 'unsure'}{first}",
+        title=said,
     )
 
 

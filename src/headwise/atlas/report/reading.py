@@ -11,9 +11,9 @@ import pandas
 from scipy import stats
 
 from headwise.atlas.report.command import beyond_command, command_of
+from headwise.atlas.report.matrix import matrix_of
 from headwise.atlas.report.view import (
     NAN,
-    Alike,
     Behaviour,
     Claim,
     Dose,
@@ -21,12 +21,10 @@ from headwise.atlas.report.view import (
     Failure,
     Fresh,
     HeadMap,
-    Masked,
-    Matrix,
     Off,
-    Pair,
     Pattern,
     Report,
+    Shot,
     Shown,
     naming,
 )
@@ -34,10 +32,10 @@ from headwise.heads import HeadSet, SiteId
 from headwise.scores import HeadScores
 from headwise.verify.dissociation import Together
 from headwise.verify.evidence import Evidence
-from headwise.verify.specialisation import Specialisation, specialisation
 from headwise.verify.verdict import FamilyVerdict, JointVerdict, SingleVerdict
 
 if TYPE_CHECKING:
+    from headwise.atlas.examples import Example as Kept
     from headwise.atlas.manifest import Manifest
     from headwise.atlas.opened import Atlas
     from headwise.atlas.opened import Dose as Measured
@@ -72,7 +70,7 @@ def report_of(atlas: Atlas, *, command: str = "") -> Report:
         command=command or command_of(manifest, str(atlas.folder)),
         behaviours=behaviours,
         maps=_maps(atlas, families, alone),
-        matrix=_matrix(specialisation(families, atlas.crossed()), _masked(atlas)) if families else None,
+        matrix=matrix_of(atlas, families),
         examples=tuple(each for probe in alone for each in _examples(atlas, probe, alone[probe])),
         doses=tuple(each for probe in alone for each in _doses(atlas.dose(probe))),
         refused=_refused(atlas, {each.probe for each in behaviours if each.refusal}),
@@ -233,62 +231,31 @@ def _places(sites: Sequence[SiteId], heads: HeadSet) -> tuple[tuple[int, int], .
     return tuple((list(sites).index(each.site), each.index) for each in heads.heads if each.site in sites)
 
 
-def _masked(atlas: Atlas) -> tuple[Masked, ...]:
-    return tuple(
-        Masked(
-            each.alpha,
-            each.n_heads,
-            *(
-                float(np.nanmean(scores))
-                for scores in (each.original, each.scale_free, each.random_original, each.random_scale_free)
-            ),
-        )
-        for each in atlas.functional_dissociation()
-    )
-
-
-def _matrix(found: Specialisation, masked: tuple[Masked, ...]) -> Matrix | None:
-    """The heads that are verified for something; None where there is none, or only one behaviour."""
-    kept = np.asarray(found.verified.any(axis=1))
-    if not kept.any() or len(found.behaviours) < 2:
-        return None
-    pairs = [
-        Pair(of.heads_of, other, of.own, of.other, of.excess.low, of.excess.high, each.double)
-        for each in sorted(found.pairs, key=lambda each: not each.double)
-        for of, other in ((each.of_first, each.second), (each.of_second, each.first))
-    ]
-    alike = [
-        Alike(each.first, each.second, each.spearman, each.shared, each.shared_by_chance, each.p)
-        for each in found.similarity
-        if each.n_first and each.n_second
-    ]
-    return Matrix(
-        behaviours=found.behaviours,
-        heads=tuple(label for label, keep in zip(found.heads.labels, kept, strict=True) if keep),
-        shares=found.effects[kept],
-        verified=found.verified[kept],
-        selectivity=found.selectivity[kept],
-        index="tau (Yanai et al. 2005): 1 for a head that serves one behaviour, 0 for one that serves all alike",
-        pairs=tuple(pairs),
-        alike=tuple(alike),
-        masked=masked,
-    )
-
-
 def _examples(atlas: Atlas, probe: str, alone: HeadSet) -> list[Example]:
-    return [
-        Example(
-            probe,
-            each.item,
-            each.tokens,
-            each.answer,
-            tuple(
-                Pattern(head.label, tuple(weights.tolist()), head in alone)
-                for head, weights in zip(each.heads, each.weights, strict=True)
-            ),
+    return [_example(probe, each, alone) for each in atlas.examples(probe)]
+
+
+def _example(probe: str, stored: Kept, alone: HeadSet) -> Example:
+    """All tokens of a picture become one, which has their weights together."""
+    shown: dict[int, list[int]] = {place: [place] for place in range(len(stored.tokens))}
+    tokens = list(stored.tokens)
+    for number, each in enumerate(stored.pictures):
+        first, *others = each.tokens.tolist()
+        shown[first] = [first, *others]
+        tokens[first] = f" [picture {number + 1}]" if len(stored.pictures) > 1 else " [picture]"
+        for place in others:
+            del shown[place]
+    patterns = tuple(
+        Pattern(
+            head.label,
+            tuple(float(weights[places].sum()) for places in shown.values()),
+            head in alone,
+            tuple(tuple(weights[each.tokens].tolist()) for each in stored.pictures),
         )
-        for each in atlas.examples(probe)
-    ]
+        for head, weights in zip(stored.heads, stored.weights, strict=True)
+    )
+    shots = tuple(Shot(each.size, each.pixels, each.boxes, each.unknown) for each in stored.pictures)
+    return Example(probe, stored.item, tuple(tokens[place] for place in shown), stored.answer, patterns, shots)
 
 
 def _doses(measured: Measured | None) -> list[Dose]:

@@ -1,4 +1,4 @@
-// Names the head or token under the pointer, and moves by arrow keys. Everything is readable without it.
+// Names the head, token or cell of a picture under the pointer, and moves by arrow keys. Everything is readable without it.
 "use strict";
 
 function shown(value) {
@@ -46,7 +46,7 @@ for (const map of document.querySelectorAll("svg.map")) {
 const BOUNDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8];
 
 for (const example of document.querySelectorAll(".example")) {
-  const text = example.querySelector(".tokens"), tokens = [...text.children], out = example.querySelector("output");
+  const text = example.querySelector(".tokens"), tokens = [...text.children], out = example.querySelector(":scope > output");
   const buttons = [...example.querySelectorAll("button")];
   let weights = [], name = "", at = 0;
   const tell = (place) => {
@@ -82,6 +82,57 @@ for (const example of document.querySelectorAll(".example")) {
     tell(Math.min(tokens.length - 1, Math.max(0, at + by)));
   });
   if (buttons.length) choose(buttons[0]);
+}
+
+for (const looks of document.querySelectorAll(".looks")) {
+  const boxes = JSON.parse(looks.dataset.boxes), places = JSON.parse(looks.dataset.places);
+  const drawn = boxes.map(([picture, left, top, right, bottom]) => {
+    const [x, y, scale] = places[picture];
+    return { x: x + left * scale, y: y + top * scale, width: (right - left) * scale, height: (bottom - top) * scale };
+  });
+  const middle = (box) => [box.x + box.width / 2, box.y + box.height / 2];
+  // The nearest cell that way, where a step aside counts double.
+  const beside = (at, right, down) => {
+    const [x, y] = middle(drawn[at]);
+    let best = at, least = Infinity;
+    drawn.forEach((box, i) => {
+      const [across, below] = [middle(box)[0] - x, middle(box)[1] - y];
+      const ahead = across * right + below * down, aside = Math.abs(right ? below : across);
+      if (ahead > 0.01 && ahead + 2 * aside < least) { least = ahead + 2 * aside; best = i; }
+    });
+    return best;
+  };
+  for (const look of looks.querySelectorAll("svg.look")) {
+    const weights = JSON.parse(look.dataset.weights), cursor = look.querySelector(".cursor");
+    const out = look.closest("figure").querySelector("output"), idle = out.textContent;
+    let at = weights.indexOf(Math.max(...weights));
+    const show = () => {
+      for (const [name, value] of Object.entries(drawn[at])) cursor.setAttribute(name, value);
+      cursor.setAttribute("visibility", "visible");
+      const [picture, left, top, right, bottom] = boxes[at];
+      out.textContent = (places.length > 1 ? "picture " + (picture + 1) + ", " : "") + left + " to " + right + " across, "
+        + top + " to " + bottom + " down: weight " + shown(weights[at]);
+    };
+    const leave = () => { cursor.setAttribute("visibility", "hidden"); out.textContent = idle; };
+    look.addEventListener("pointermove", (event) => {
+      const place = new DOMPoint(event.clientX, event.clientY).matrixTransform(look.getScreenCTM().inverse());
+      const found = drawn.findLastIndex((box) => place.x >= box.x && place.x < box.x + box.width
+        && place.y >= box.y && place.y < box.y + box.height);
+      if (found >= 0) { at = found; show(); }
+    });
+    look.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") leave(); });
+    look.addEventListener("focus", () => { if (look.matches(":focus-visible")) show(); });
+    look.addEventListener("blur", leave);
+    look.addEventListener("keydown", (event) => {
+      const by = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+      if (by) at = beside(at, ...by);
+      else if (event.key === "Home") at = 0;
+      else if (event.key === "End") at = boxes.length - 1;
+      else return;
+      event.preventDefault();
+      show();
+    });
+  }
 }
 
 for (const button of document.querySelectorAll("button.copy")) {

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 
 from headwise.verify.verdict import Ruling
 
@@ -222,9 +222,28 @@ class Masked:
     random_scale_free: float
 
 
+@dataclass(frozen=True, slots=True)
+class Kinds:
+    """Heads that are verified for behaviours of text, of pictures, and of both; `by_chance` as many of both in two such
+    sets drawn at random, and `p` the probability of so many. `double` of `pairs` pairs of one text and one picture
+    behaviour dissociate doubly."""
+
+    text: int
+    pictures: int
+    both: int
+    by_chance: float
+    p: float
+    double: int
+    pairs: int
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Matrix:
-    """Heads by behaviours. `shares`: effect of each head alone, as a share of each behaviour's reach."""
+    """Heads by behaviours. `shares`: effect of each head alone, as a share of each behaviour's reach.
+
+    Where there are behaviours of both kinds, those of text come first, the last `n_pictures` are of pictures, and
+    `kinds` tells them apart.
+    """
 
     behaviours: tuple[str, ...]
     heads: tuple[str, ...]
@@ -235,6 +254,8 @@ class Matrix:
     pairs: tuple[Pair, ...] = ()
     alike: tuple[Alike, ...] = ()
     masked: tuple[Masked, ...] = ()
+    n_pictures: int = 0
+    kinds: Kinds | None = None
 
     @property
     def dissociated(self) -> tuple[tuple[str, str], ...]:
@@ -242,22 +263,44 @@ class Matrix:
         return tuple((each.heads_of, each.other) for each in self.pairs[::2] if each.double)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Shot:
+    """A picture of an example.
+
+    Attributes:
+        size: width and height that `boxes` are measured in; `pixels` may be fewer.
+        boxes: left, top, right and bottom of its cells, which its tokens stand for; none where `unknown` says why.
+    """
+
+    size: tuple[int, int]
+    pixels: UInt8[np.ndarray, "row column 3"]
+    boxes: Float[np.ndarray, "cell 4"]
+    unknown: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """One head's attention, from the position that predicts the answer, to every token before it."""
+    """One head's attention, from the position that predicts the answer, to every token before it.
+
+    `cells` has its weights on the cells of the example's pictures, one row for each picture.
+    """
 
     head: str
     weights: tuple[float, ...]
     verified: bool
+    cells: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
+    """One item. All tokens of a picture are one of `tokens`, whose weight is their sum."""
+
     probe: str
     item: str
     tokens: tuple[str, ...]
     answer: str
     patterns: tuple[Pattern, ...]
+    pictures: tuple[Shot, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

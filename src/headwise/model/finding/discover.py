@@ -28,6 +28,8 @@ from headwise.model.finding.shifting import SiteSeen, find_by_shifting
 from headwise.model.finding.sublayers import Sublayers, find_sublayers, with_two_streams
 from headwise.model.finding.token_spans import find_token_spans
 from headwise.model.running.projection import first
+from headwise.model.running.run import picture_token
+from headwise.model.running.spans import IMAGE
 from headwise.model.site import Capability, Kind, Site, TokenSpan, Unserved
 from headwise.model.table import SiteTable
 
@@ -117,7 +119,8 @@ def discover(
             found = find_sublayers(model, run, stack_blocks(model, described), writes)
             return with_two_streams(found, [site.id for site in described if site.kind == "joint"])
 
-    return Discovery(SiteTable(described, sublayers, _unserved(recorder.lost, sites, paths)), inputs)
+    met = frozenset() if picture_token(model) is None else frozenset({IMAGE})
+    return Discovery(SiteTable(described, sublayers, _unserved(recorder.lost, sites, paths), met), inputs)
 
 
 def _refuse_fused_layers(model: nn.Module, sites: Sequence[SiteSeen]) -> None:

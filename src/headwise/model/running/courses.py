@@ -92,9 +92,19 @@ def kept_end(model: AttachedModel, course: Course) -> Kept | None:
 
 
 def _measured(model: AttachedModel) -> Course:
+    blocks = stack_blocks(model.model, model.sites)
+    whole = _tried(model, tuple(blocks.values()))
+    own = tuple(path for label, path in blocks.items() if SiteId.parse(label).stack == model.table.stacks[0])
+    if whole.blocks or not own or len(own) == len(blocks):
+        return whole
+    # A tower in front may hand on more than what its last block gives; it then runs from its start every time.
+    return _tried(model, own)
+
+
+def _tried(model: AttachedModel, paths: tuple[str, ...]) -> Course:
     try:
         with quietly(model.model):
-            return _measure(model)
+            return _measure(model, paths)
     except torch.OutOfMemoryError:
         raise
     except (HeadwiseError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
@@ -102,8 +112,7 @@ def _measured(model: AttachedModel) -> Course:
         return Course((), reason=f"its blocks cannot be run from one in the middle ({one_line(error)})")
 
 
-def _measure(model: AttachedModel) -> Course:
-    paths = tuple(stack_blocks(model.model, model.sites).values())
+def _measure(model: AttachedModel, paths: tuple[str, ...]) -> Course:
     if not paths:
         return Course((), reason="it has no list of layers")
     with keeping(model, Course(paths), ()) as seen:

@@ -180,7 +180,8 @@ def open_dual(
             require_gaps(runner.model)
     dual = Dual(runner, combine, mode, without, edits)
     try:
-        with runner.open(Layer((), edits, dict(spans), prompt_length, strict, dual.opened, dual)):
+        reads = tuple(each for edit in edits for each in edit.reads)
+        with runner.open(Layer(reads, edits, dict(spans), prompt_length, strict, dual.opened, dual)):
             yield dual
     finally:
         dual.close()

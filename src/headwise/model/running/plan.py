@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from headwise.errors import InputError, NotFired, Refusal
-from headwise.heads import SiteId
+from headwise.heads import HeadSet, SiteId
 from headwise.model import edit as edits_module
 from headwise.model import read as reads_module
 from headwise.model.capture import Captured, Fired, Opened
 from headwise.model.edit import Edit
-from headwise.model.operations import Layout, Received, check_value
+from headwise.model.operations import Decided, Layout, Received, check_value
 from headwise.model.positions import SpanRows, checked_span
 from headwise.model.read import Read
 from headwise.model.running.compiled import hint
@@ -159,11 +159,14 @@ class Plan:
             raise InputError(
                 f"a span cannot be named {taken[0]!r}, which this model's own tokens are called; rename it"
             )
-        self._known_spans = own_spans | self.spans.keys()
+        self._known_spans = own_spans | table.met_spans | self.spans.keys()
         self._dual = any(layer.dual is not None for layer in layers)
         self.denoising = next((layer.denoising for layer in layers if layer.denoising is not None), None)
         # Kept here and not in the layers: a plan that is refused must leave the open one, with the same layers, alone.
         self._placed: list[tuple[Layer, Placed]] = []
+        self.decided: dict[
+            tuple[str, tuple[int, ...]], tuple[Decided, HeadSet]
+        ] = {}  # by run, with the heads it is for
         self.lost: dict[SiteId, str] = {}  # what ran at a watched site without becoming a call, and why
         for layer in self.layers:
             for edit in layer.edits:
@@ -261,6 +264,10 @@ class Plan:
             return
         want: Want = "group" if edit.variable in edits_module.GROUP_VARIABLES else "head"
         chosen = self._table.select(edit.heads, want)
+        for decision in edit.decisions:
+            require_span(f"span:{decision.without}", self._known_spans)
+            _, others = self.decided.get(decision.run, (decision, chosen))
+            self.decided[decision.run] = decision, others | chosen
         layout: Layout = "rows" if edit.variable in edits_module.ROW_VARIABLES else "values"
         sites = [self._table.site(label) for label in chosen.sites]
         widths = {site.head_dim if edit.variable in ("z", "v") else site.qk_dim for site in sites}

@@ -3,7 +3,8 @@
     received_j = sum_i A_ij / n_j,    over the n_j attended queries i of the prompt that see key j
 
 An edit whose keys are a `Received` needs them before its first row is edited, so the prompt's rows are gone through
-once beforehand. What was found is kept for the run: a decoding step has one row, and no column means.
+once beforehand. What was found is kept for the run: a decoding step has one row, and no column means. Where they are a
+`LastRow`, one row is made, and a function chooses.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from jaxtyping import Bool
 from torch import Tensor
 from torch.nn.functional import pad
 
-from headwise.errors import Refusal
+from headwise.errors import InputError, Refusal
 from headwise.model.attention.calls import AttentionCall
 from headwise.model.attention.rows import row_chunks
-from headwise.model.operations import Received
+from headwise.model.operations import LastRow, Received
 from headwise.model.positions import Window
 from headwise.model.running.plan import Placed
-from headwise.model.running.valuework import Stage
+from headwise.model.running.valuework import Stage, here_of
 
 Rows = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Of some queries, the weights of the edit's heads and which of them are visible, `[batch, head, query, key]`."""
@@ -49,6 +50,17 @@ def find_received(call: AttentionCall, placed: Placed, rows: Rows, stage: Stage)
     assert prompt is not None
     counted = window.queries(prompt & frame.mask)
     assert counted is not None
+    if isinstance(edit.keys, LastRow):
+        with torch.no_grad():
+            last, _ = rows((frame.prompt_end - window.start)[:, None])
+            chosen = edit.keys.choose(last[:, :, 0], here_of(placed, stage, "rows", 1))
+        if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.shape != last[:, :, 0].shape:
+            gave = list(chosen.shape) if isinstance(chosen, Tensor) else type(chosen).__name__
+            raise InputError(
+                f"{what}: the function of last_row() gave {gave}; expected truth values {list(last[:, :, 0].shape)}"
+            )
+        stage.run.received[_place(placed, stage)] = pad(chosen, (window.offset, 0))
+        return
     mass = call.query.new_zeros(stage.batch, len(placed.heads), call.key.shape[2], dtype=torch.float64)
     seers = torch.zeros_like(mass)
     heads = torch.tensor(placed.heads)

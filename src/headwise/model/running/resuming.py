@@ -122,6 +122,8 @@ def resumed(model: AttachedModel, course: Course, kept: Kept, start: Start) -> I
         for number, path in enumerate(course.blocks):
             if start.block <= number and (start.stop is None or number < start.stop):
                 continue
+            if path not in kept.outputs:  # a tower for pictures, where the text has none
+                continue
             # What a block hands to the next is needed of the one in front of the first, and where a stack ends.
             wanted = number == start.block - 1 or _ends_stack(course, number)
             copies = start.copies if wanted else 1

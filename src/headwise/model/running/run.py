@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from headwise.heads import SiteId
-from headwise.model.positions import Frame, Window
+from headwise.model.capture import Captured
+from headwise.model.positions import Frame, SpanRows, Window
 from headwise.model.running.plan import Plan
-from headwise.model.running.spans import TEXT, own_spans
+from headwise.model.running.spans import IMAGE, TEXT, own_spans
 from headwise.model.site import Site
 
 Stream = Literal["first", "second", "both", "unparted"]
@@ -59,6 +60,8 @@ class Run:
 
     Attributes:
         received: by edit, site and stream, the keys that took much of the prompt's attention (see `received.py`).
+        lacking: z at the prompt's last token in runs of the prompt without a span; `decided`: by edit, site and stream,
+            the numbers that were chosen from it (see `decided.py`).
         prompt: length of the prompt where it is known beforehand (`generate`, or given with the plan).
         attended: the 2-D attention mask that `generate` was given.
         stream: in a dual run, whose rows a forward holds; `unparted` outside the model's own forward. Else None.
@@ -72,6 +75,7 @@ class Run:
         lengths: of joint attention, how many tokens of each kind its latest call was given.
         calls: by tower, how often each of its modules attended in the tower's current pass.
         replays: the same for a recomputed forward (gradient checkpointing), which overwrites what the first one left.
+        pictures: the columns of `image`, where the tokens of the run hold pictures.
     """
 
     plan: Plan
@@ -93,7 +97,15 @@ class Run:
     lengths: dict[SiteId, Mapping[str, int]] = field(default_factory=dict)
     calls: dict[str, dict[int, int]] = field(default_factory=dict)
     received: dict[Any, Tensor] = field(default_factory=dict)
+    lacking: dict[Any, Captured] = field(default_factory=dict)
+    decided: dict[Any, Tensor] = field(default_factory=dict)
     replays: dict[int, int] = field(default_factory=dict)
+    pictures: dict[str, SpanRows] = field(default_factory=dict)
+
+    @property
+    def spans(self) -> dict[str, SpanRows]:
+        """The columns of pictures as they were met, and the spans given with the plan, which may say otherwise."""
+        return {**self.pictures, **self.plan.spans}
 
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Any) -> None:
         """A tower starts. `known(cache)` is the prompt length recorded for a cache, or None."""
@@ -101,11 +113,30 @@ class Run:
             self.step += 1
             self.passes.clear()
         arguments = named_arguments(module, args, kwargs)
+        if not self.open:
+            self._find_pictures(module, arguments)
         self.passes[name] = self.passes.get(name, -1) + 1
         frame = self._frame(name, arguments, known)
         self.frames[name] = frame
         self.open.append(Opening(module, arguments, frame))
         self.calls[name], self.calls[name + PROJECTION] = {}, {}
+
+    def foreseen(self, module: nn.Module, arguments: Mapping[str, Any], known: Any) -> Frame | None:
+        """Where the tokens of a forward of the whole model will stand, before it is entered."""
+        self._find_pictures(module, arguments)
+        return self._frame("", arguments, known)
+
+    def _find_pictures(self, module: nn.Module, arguments: Mapping[str, Any]) -> None:
+        """Where the first tokens of a run hold pictures, as the model's configuration marks them."""
+        ids, token = arguments.get("input_ids"), picture_token(module)
+        if token is None or not isinstance(ids, Tensor) or ids.dim() != 2:
+            return
+        if cached_length(arguments.get("past_key_values")):
+            return
+        rows = ids[: len(ids) // self.streams]
+        items = self.items(len(rows))
+        seen = (rows[:: len(rows) // items] if items else rows) == token
+        self.pictures = {IMAGE: [each.nonzero()[:, 0].tolist() for each in seen.cpu()]} if bool(seen.any()) else {}
 
     def again(self) -> None:
         """The forward that was entered runs once more, for the other stream."""
@@ -201,7 +232,7 @@ class Run:
             prompt=prompt,
             # A text given whole, with the place where its prompt ends, is edited as if it were being generated.
             generating=self.generating or past > 0 or prompt < total,
-            spans=self.plan.spans,
+            spans=self.spans,
             items=self.items(batch),
             source=self._source(arguments, batch),
         )
@@ -238,6 +269,19 @@ class Run:
         return Frame(
             0, length, batch, states.device, attended, prompt=length, spans=self.plan.spans, items=self.items(batch)
         )
+
+
+def picture_token(model: nn.Module) -> int | None:
+    """The id that stands for a part of a picture in what a model reads, as its configuration says; None if it has none.
+
+    Around a model may stand a wrapper, which knows its configuration too.
+    """
+    config = getattr(model, "config", None)
+    for name in ("image_token_id", "image_token_index"):
+        token = getattr(config, name, None)
+        if isinstance(token, int):
+            return token
+    return None
 
 
 def attended_columns(mask: Any, batch: int, total: int) -> Tensor | None:

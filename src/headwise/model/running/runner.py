@@ -17,6 +17,7 @@ from headwise.model.attention import seam
 from headwise.model.capture import Opened
 from headwise.model.finding.denoiser_example import is_denoiser
 from headwise.model.running.compiled import hint, leave_graph
+from headwise.model.running.decided import run_lacking
 from headwise.model.running.engine import Engine, in_backward
 from headwise.model.running.plan import Layer, Plan
 from headwise.model.running.run import Opening, Run, named_arguments
@@ -24,6 +25,17 @@ from headwise.model.running.searches import refuse_search
 from headwise.model.site import Site
 from headwise.model.table import SiteTable
 
+_OF_A_RUN = (
+    "_layers",
+    "_owner",
+    "_run",
+    "_runs",
+    "_replayable",
+    "_unanswered",
+    "_dual",
+    "_rescoring",
+    "prompt_length",
+)
 _INPUTS = ("inputs", "input_ids", "inputs_embeds", "input_features", "pixel_values")
 
 
@@ -235,6 +247,9 @@ class Runner:
             if run.thread != threading.get_ident():
                 raise PlanConflict("this model is running in another thread; a model under a plan runs once at a time")
 
+            if path == "" and run.plan.decided:
+                run_lacking(self, run, named_arguments(module, args, kwargs))
+
             def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 run.enter(path, module, args, kwargs, self.known_prompt)
 
@@ -390,7 +405,7 @@ class Runner:
 
     def named_spans(self, given: Mapping[str, Any]) -> set[str]:
         """The spans that a block may name: those given with it, and those of open plans."""
-        return {*given, *(() if self._engine is None else self._engine.plan.spans)}
+        return {*given, *self.table.met_spans, *(() if self._engine is None else self._engine.plan.spans)}
 
     # -- taking off ---
 
@@ -433,6 +448,22 @@ class Runner:
             with self._lock:
                 self._put(layers)
                 self._owner, self._runs = owner, runs
+
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """As `unplanned`, at the entry of a forward: inside no run goes on either; behind it this one does."""
+        with self._lock:
+            held = {name: self.__dict__[name] for name in _OF_A_RUN}
+            engine = self._engine
+            self._take_off()
+            self.__dict__ |= dict.fromkeys(_OF_A_RUN) | {"_engine": None, "_layers": [], "_runs": 0, "_unanswered": 0}
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._take_off()
+                self.__dict__ |= held
+                self._put_on(engine)
 
     def close(self) -> None:
         """Take everything off. Raises PlanConflict mid-run."""

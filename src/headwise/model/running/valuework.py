@@ -18,6 +18,7 @@ from headwise.model.edit import Edit
 from headwise.model.operations import Here, Layout
 from headwise.model.positions import Window, locate_queries
 from headwise.model.running.affine import affinely
+from headwise.model.running.decided import decide, kept_factors
 from headwise.model.running.plan import Placed
 from headwise.model.running.run import Place, Run, Stream
 from headwise.model.site import Site
@@ -76,6 +77,10 @@ def edited(x: Values, listed: Sequence[Placed], stage: Stage, *, keys: bool = Fa
     for placed in of_stream(listed, stage):
         if (at_once := affinely(placed, x)) is not None:
             x = at_once(x)
+            placed.met(x.shape[0] * x.shape[1])
+            continue
+        if (factors := kept_factors(placed, x, stage)) is not None:
+            x = x * factors
             placed.met(x.shape[0] * x.shape[1])
             continue
         chosen = positions_of(placed, stage, keys=keys)
@@ -344,6 +349,7 @@ def here_of(placed: Placed, stage: Stage, layout: Layout, span: int, **seen: Any
         step=None if stage.run.plan.denoising is None else stage.run.plan.denoising.step,
         chunk=stage.chunk,
         other=None if source is None else partial(source, placed.heads, seen.get("queries")),
+        decided=partial(decide, placed, stage),
         **seen,
     )
 

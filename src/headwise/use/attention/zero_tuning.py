@@ -217,12 +217,12 @@ def parted(items: ItemSet) -> tuple[ItemSet, ItemSet]:
 
     Raises InputError where there are fewer than two different prompts.
     """
-    places: dict[tuple[int, ...], int] = {}
+    places: dict[object, int] = {}
     for each in items:
-        places.setdefault(each.prompt, len(places))
+        places.setdefault((each.prompt, each.item.pictures), len(places))
     if len(places) < 2:
         raise InputError(f"{items.probe}: tuning and judging need two different prompts; encode more items")
-    first = [places[each.prompt] % 2 == 0 for each in items]
+    first = [places[each.prompt, each.item.pictures] % 2 == 0 for each in items]
     return items.only(first, "kept for judging"), items.only([not each for each in first], "used for tuning")
 
 

@@ -37,7 +37,8 @@ from headwise.find.method import scored_sites
 from headwise.heads import HeadSet
 from headwise.model import read
 from headwise.model.attached import AttachedModel
-from headwise.probes.encoding import EncodedItem, ItemSet
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.encoding import ItemSet
 from headwise.probes.outcome import observe
 from headwise.use.directions.inference_time import ITI
 from headwise.use.directions.logistic import accuracy, fitted

@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 from headwise.errors import InputError
-from headwise.probes.encoding import EncodedItem, ItemSet
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.encoding import ItemSet
 
 Source = Literal["memory", "context"]
 SOURCES: tuple[Source, ...] = get_args(Source)

@@ -26,7 +26,8 @@ from headwise.model.attached import AttachedModel
 from headwise.model.edit import Edit
 from headwise.model.operations import Here
 from headwise.probes.batch import Batch, pad
-from headwise.probes.encoding import EncodedItem, ItemSet
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.encoding import ItemSet
 from headwise.probes.outcome import observe, places
 from headwise.sweep.measuring import chunks_of
 from headwise.sweep.memory import budget_of
