@@ -198,7 +198,7 @@ def test_what_was_left_out_of_the_call_stays_in_the_atlas(
     def registered(named: str | Method) -> Method:
         return named if isinstance(named, Method) else method(named, lambda model, items: {})
 
-    monkeypatch.setattr("headwise.atlas.planning.method_named", registered)
+    monkeypatch.setattr("headwise.atlas.asking.method_named", registered)
     folder = tmp_path / "atlas"
     before = run(folder)
     assert run(folder, methods=[method("by-place")]).manifest == before.manifest

@@ -12,6 +12,7 @@ from headwise.benches import detectors
 from headwise.benches.detectors import CASES, Hit, attending, compared, copying_the_needle, measure, writing
 from headwise.errors import InputError
 from headwise.find import METHODS
+from headwise.find.pages import sees
 from headwise.heads import HeadSet, SiteId
 from headwise.scores import HeadScores, Provenance
 from headwise.zoo.planted import planted
@@ -57,7 +58,8 @@ def test_methods_of_patterns_are_to_find_decoys_and_others_are_not() -> None:
 
 def test_every_method_that_looks_for_heads_has_a_case() -> None:
     described = {"local-global", "fact-parts", "correct-letter", "codes", "head-pursuit"}
-    assert {case.method for case in CASES} == {method.id for method in METHODS} - described
+    seeing = {method.id for method in METHODS if sees(method)}  # no planted model has eyes
+    assert {case.method for case in CASES} == {method.id for method in METHODS} - described - seeing
 
 
 @pytest.mark.slow

@@ -106,7 +106,7 @@ def test_every_option_reaches_the_test(asked: Asked, tmp_path: Path, capsys: pyt
         (["--heads", "L9H0"], "L9"),
         (["--heads", "L1G2"], "KV group"),
         ([], "--heads"),
-        (["--heads", "L1H2", "--probe", "nedle"], "no probe 'nedle'; did you mean needle?"),
+        (["--heads", "L1H2", "--probe", "nedle"], "no probe 'nedle'; did you mean needle or"),
         (["--heads", "L1H2", "--off-target", "txt"], "no probe 'txt'; did you mean text?"),
         (["--heads", "L1H2", "--metric", "exactmatch"], "did you mean exact-match"),
         (["--heads", "L1H2", "--mode", "nil"], "no knock-out mode 'nil'; choose from zero, mean, resample, uniform"),

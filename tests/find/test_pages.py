@@ -14,7 +14,7 @@ import pytest
 import headwise as hw
 from headwise.errors import InputError
 from headwise.find import METHODS, Method, method, pages
-from headwise.probes import probe
+from headwise.probes import PICTURE_PROBES, probe
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -165,4 +165,5 @@ def test_the_call_on_a_page_can_be_made(named: Method, monkeypatch: pytest.Monke
     monkeypatch.setattr(hw, "load", lambda name: name, raising=False)
     monkeypatch.setattr(hw, "find", found, raising=False)
     exec(pages.call(named), {"print": lambda *shown: None})
-    assert called == [("gpt2", 64, 0), (5,)]
+    shown = "zoo:visual-organism" if any(each.id == named.probe for each in PICTURE_PROBES) else "gpt2"
+    assert called == [(shown, 64, 0), (5,)]

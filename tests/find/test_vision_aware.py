@@ -160,3 +160,11 @@ def test_what_cannot_be_scored_is_said(llava: AttachedModel) -> None:
     text = hw.encode(hw.probe("facts"), llava.tokenizer, n=1)
     with pytest.raises(Refusal, match="no span 'image'"):
         hw.find("vision-aware", llava, text)
+
+
+def test_a_head_that_is_silent_both_times_has_not_moved() -> None:
+    silent = torch.zeros(2, 3)
+    for distance in ("l2", "relative", "cosine"):
+        assert divergence(silent, silent, distance).tolist() == [0, 0]
+    turned = divergence(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]), "cosine")
+    assert turned.tolist() == [1]

@@ -265,6 +265,24 @@ def test_a_processor_without_marks() -> None:
         picture_reader(Deaf())
 
 
+def test_a_forgotten_picture_is_told() -> None:
+    item = Item(prompt="<image> so?", answer=" a").named("t")
+    with hw.load("zoo:tiny-llava") as loaded, pytest.raises(InputError, match="the item no picture; add pictures"):
+        encode([item], loaded)
+
+
+def test_deciding_without_one_picture_of_two_is_refused() -> None:
+    def even(last: torch.Tensor, lacking: torch.Tensor, here: object) -> torch.Tensor:
+        return torch.ones(last.shape[:2])
+
+    with hw.load("zoo:tiny-llava") as loaded:
+        first = encode([two_pictures()], loaded)
+        batch = next(first.batches(1))
+        one = hw.edit.scale("L1H0", hw.edit.decided(even, without="image:0"))
+        with pytest.raises(Refusal, match="pictures are left in the prompt"), loaded.editing(one, spans=batch.spans):
+            loaded(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **batch.pixels)
+
+
 def test_a_span_may_not_take_the_name_of_a_picture(model: AttachedModel) -> None:
     item = Passage().add("<image>").add(" word", "image").item(" a", pictures=(picture(16, 16),)).named("t")
     with pytest.raises(InputError, match="span 'image' is the name of tokens"):

@@ -89,3 +89,9 @@ def test_the_id_of_an_item_knows_its_pictures() -> None:
     assert item(0).id != item(1).id
     plain = Passage().add("what?").item(" a").named("p")
     assert plain.id == "p-" + plain.id.split("-")[1]
+
+
+def test_deep_gray_is_refused_and_not_clipped(tmp_path: Path) -> None:
+    Image.fromarray(np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)).save(tmp_path / "deep.png")
+    with pytest.raises(InputError, match="more than 8 bits a channel"):
+        Picture.of_file(tmp_path / "deep.png")

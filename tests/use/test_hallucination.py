@@ -85,6 +85,10 @@ def test_listings_are_what_the_model_writes(model) -> None:
     assert found.texts == alone.texts
 
 
+def test_plurals_in_es() -> None:
+    assert _named("two crosses and a starfish", ("cross", "star")) == {"cross"}
+
+
 def test_words_are_found_whole_with_an_s_and_in_any_case() -> None:
     assert _named("Two Stars, a ringlet and a cross.", ("star", "ring", "cross")) == {"star", "cross"}
 

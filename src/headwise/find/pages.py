@@ -18,6 +18,7 @@ from textwrap import dedent
 from headwise.catalogue import entry
 from headwise.errors import HeadwiseError, InputError
 from headwise.find import METHODS, Method
+from headwise.probes import PICTURE_PROBES, probe
 
 MADE = "<!-- Made by `python -m headwise.find.pages`; change the method's file instead. -->"
 
@@ -138,13 +139,18 @@ def index(methods: Sequence[Method]) -> str:
     )
 
 
+def sees(method: Method) -> bool:
+    """Whether a method is at home on questions about pictures."""
+    return probe(method.probe) in PICTURE_PROBES
+
+
 def call(method: Method) -> str:
     """The Python that runs it on its own probe; settings are keyword arguments of `find`."""
     return "\n".join(
         (
             "import headwise as hw",
             "",
-            'model = hw.load("gpt2")  # or a folder, or zoo:NAME',
+            f'model = hw.load("{"zoo:visual-organism" if sees(method) else "gpt2"}")  # or a folder, or zoo:NAME',
             f'scores = hw.find("{method.id}", model, "{method.probe}", items=64, seed=0)',
             "print(scores.top_scores(5))",
         )

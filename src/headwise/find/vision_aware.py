@@ -101,7 +101,8 @@ def divergence(
     """How far what heads give with the picture is from what they give without."""
     seeing, lacking = seeing.double(), lacking.double()
     if distance == "cosine":
-        return 1 - torch.nn.functional.cosine_similarity(seeing, lacking, dim=-1)
+        apart = 1 - torch.nn.functional.cosine_similarity(seeing, lacking, dim=-1)
+        return apart.masked_fill((seeing == lacking).all(-1), 0.0)  # also where both are silent
     moved: Tensor = torch.linalg.vector_norm(seeing - lacking, dim=-1)
     if distance == "l2":
         return moved

@@ -12,11 +12,12 @@ A head h is image-centric at a query i, with A its pattern and V the tokens of p
 
 The score is the share of queries at which it is, over the tokens of the prompt behind its last picture.
 
-Exact: phi, the two conditions, their numbers, tau = 20. The dimensions belong to a model ({1415, 2533} in LLaMA-2-7B,
-{2100, 4743} in 13B): unless `dims` gives them, `sink_dimensions` looks for them at the first token of these prompts.
-|RMSNorm| is at most sqrt(d_model), so a tau of 20 means something in wide models only: unless `tau` is given it is 20,
-or that share of sqrt(d_model) that 20 is in LLaMA-2-7B (0.3125) where this is less. In a model without such tokens no
-token is a sink, and image-centric is a head that looks at the picture at all.
+Exact: phi, the two conditions, their numbers, tau = 20. Ours: a score of it (the share of queries, in all layers). The
+dimensions belong to a model ({1415, 2533} in LLaMA-2-7B, {2100, 4743} in 13B): unless `dims` gives them,
+`sink_dimensions` looks for them at the first token of these prompts. |RMSNorm| is at most sqrt(d_model), so a tau of 20
+means something in wide models only: unless `tau` is given it is 20, or that share of sqrt(d_model) that 20 is in
+LLaMA-2-7B (0.3125) where this is less. In a model without such tokens no token is a sink, and image-centric is a head
+that looks at the picture at all.
 """
 
 from __future__ import annotations

@@ -148,6 +148,11 @@ class PictureReader:
                         f"{type(self.processor).__name__} gives {name} by rows, so items with and without pictures "
                         "cannot share a batch; use batches of one item"
                     )
+            if len({each.shape[1:] for each in tensors}) > 1:
+                raise Refusal(
+                    f"{type(self.processor).__name__} makes {name} of other sizes for other pictures, so they cannot "
+                    "share a batch; use batches of one item, or pictures of one size"
+                )
             joined[name] = torch.cat(tensors)
         return joined
 
@@ -215,6 +220,11 @@ class PictureReader:
         runs = _runs([at for at, id in enumerate(ids) if id == self.token])
         boxes = []
         tiles = [_TILE.search(str(self.tokenizer.convert_ids_to_tokens(ids[max(run[0] - 1, 0)]))) for run in runs]
+        if len(runs) - sum(map(bool, tiles)) > 1:
+            raise Refusal(
+                f"{type(self.processor).__name__} makes {len(runs)} stretches of tokens of a picture and does not say "
+                "which tile each is, so where they look is not known; leave regions out"
+            )
         n_rows = max((int(tile[1]) for tile in tiles if tile), default=1)
         n_columns = max((int(tile[2]) for tile in tiles if tile), default=1)
         for run, tile in zip(runs, tiles, strict=True):

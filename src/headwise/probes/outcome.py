@@ -29,7 +29,7 @@ from headwise.model.attached import AttachedModel
 from headwise.model.edit import Edit
 from headwise.model.finding.example import can_generate
 from headwise.model.positions import Columns
-from headwise.model.running.run import parameter_names
+from headwise.model.running.run import parameter_names, picture_token
 from headwise.probes.batch import Batch
 from headwise.probes.layout import Ids
 
@@ -240,7 +240,10 @@ class _Form:
             row["attention_mask"] = torch.ones_like(row["attention_mask"])
             if "position_ids" in row:
                 row["position_ids"] = torch.arange(row["position_ids"].shape[1], device=last.device).repeat(2, 1)
-            row["input_ids"][1, -1] = last - 1 if last > 0 else last + 1
+            others = [
+                id for id in (last - 1, last + 1, last - 2, last + 2) if id >= 0 and id != picture_token(self.network)
+            ]
+            row["input_ids"][1, -1] = others[0]
             with torch.no_grad():
                 logits = self.network(**seeing(row), **self.taken(use_cache=False)).logits
             if bool(logits.isnan().any()):

@@ -120,6 +120,8 @@ def _opened(path: Path) -> Any:
 
     try:
         with pillow.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError("it has more than 8 bits a channel; save it with 8")
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise InputError(f"picture {path} does not exist; check the name and the folder") from None

@@ -88,6 +88,10 @@ class Writer:
 
     def _written(self, text: str, ids: Ids, pictures: Sequence[Picture]) -> Written:
         if not pictures:
+            if self.processor is not None and getattr(self.processor, "image_token_id", None) in ids:
+                raise InputError(
+                    "the prompt has the token of a picture and the item no picture; add pictures (images, in a file)"
+                )
             return Written(ids, {}, tuple(range(len(ids))), (), ())
         assert self.reader is not None
         return self.reader.write(text, pictures)
@@ -108,7 +112,9 @@ class Writer:
     ) -> dict[str, tuple[Ids, ...]]:
         """The item's own spans, in the ids as the model takes them."""
         found: dict[str, tuple[Ids, ...]] = {}
-        for name, places in self._places(self._moved(spans, prompt), text, (), ids).items():
+        for name, places in self._places(
+            self._moved(spans, prompt) if written.pictures else spans, text, (), ids
+        ).items():
             moved = [[written.origin[at] for at in place] for place in places]
             if any(at is None for place in moved for at in place):
                 raise Dropped(f"span {name!r} shares a token with a picture's surroundings", repr(text[-60:]))
@@ -117,9 +123,10 @@ class Writer:
 
     def _moved(self, spans: Spans, prompt: str | tuple[Message, ...]) -> Spans:
         """Ranges of characters where a processor's marks are longer than `<image>`."""
-        longer = 0 if self.processor is None else len(self.reader.mark) - len(PICTURE_MARK)  # type: ignore[union-attr]
-        if not longer or not isinstance(prompt, str) or PICTURE_MARK not in prompt:
+        if self.processor is None or not isinstance(prompt, str) or PICTURE_MARK not in prompt:
             return spans
+        assert self.reader is not None
+        longer = len(self.reader.mark) - len(PICTURE_MARK)
 
         def at(character: int) -> int:
             return character + longer * prompt.count(PICTURE_MARK, 0, character)

@@ -145,12 +145,13 @@ def hallucination(
     *,
     objects: Sequence[str] = SHAPES,
     under: Intervention | None = None,
+    new_tokens: int = 24,
     batch_size: int = 16,
 ) -> Hallucination:
     """`answers` to `questions` and `listings` for `lists`; what they ask for and raise is said there."""
     return Hallucination(
         answers(model, questions, under=under, batch_size=batch_size),
-        listings(model, lists, objects=objects, under=under, batch_size=batch_size),
+        listings(model, lists, objects=objects, under=under, new_tokens=new_tokens, batch_size=batch_size),
     )
 
 
@@ -190,9 +191,10 @@ def listings(
 
     Args:
         items: whose answers name all that is there.
-        objects: the words to look for, with or without an s behind; other words do not count.
+        objects: the words to look for, also in the plural; other words do not count. Each counts once in a text, in
+            whatever sentence it stands: "no star" names a star.
         under: carried out around every run; spans of the items can be named in it.
-        new_tokens: most tokens it writes.
+        new_tokens: most tokens it writes; what it would name behind them is not seen.
 
     Raises:
         InputError: no objects, or an item whose answer names none of them.
@@ -213,7 +215,7 @@ def listings(
 
 
 def _named(text: str, objects: Collection[str]) -> frozenset[str]:
-    return frozenset(each for each in objects if re.search(rf"\b{re.escape(each)}s?\b", text, re.IGNORECASE))
+    return frozenset(each for each in objects if re.search(rf"\b{re.escape(each)}(?:e?s)?\b", text, re.IGNORECASE))
 
 
 def _word(answer: str) -> str:

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import headwise as hw
-from headwise.benches.looking import PARTS, Bench, hallucinating
+from headwise.benches.looking import PARTS, hallucinating
 from headwise.benches.looking.hallucinating import EDITS, OF_ANSWERS, OF_LISTINGS
-from headwise.benches.looking.items import Sizes
+from headwise.benches.looking.items import Bench, Sizes
 from headwise.benches.looking.pruned import RandomPruning
 from headwise.model.attached import AttachedModel
 from headwise.use.hallucination import Answers, Listings

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from headwise.benches import looking
-from headwise.benches.looking import PARTS, Bench, Part, figures, parts_of
+from headwise.benches.looking import PARTS, Part, figures, parts_of
+from headwise.benches.looking.items import Bench
 from headwise.benches.looking.page import page
 from headwise.benches.looking.row import Row
 from headwise.benches.looking.stored import Stored
@@ -98,6 +99,7 @@ def test_the_page_counts_models() -> None:
     assert "| p | 2 of 2 | no controls | +0.250, +0.250 |" in text
     assert "| k | kept in 2 of 2 | 2 of 2 | -0.010, -0.010 |" in text
     assert "| n | 0 of 1 | 0 of 1 | none |" in text
+    assert "In no model: p; n." in text
     line = "| one | L1H2 | 32 | 0.100 | 0.900 | +0.800 [+0.600, +1.000] | +0.700 [+0.400, +1.000] | yes |"
     assert line in text
     assert "- one: why" in text

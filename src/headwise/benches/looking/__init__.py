@@ -45,10 +45,11 @@ PARTS: Mapping[str, Part] = {
         "Adversarial questions of POPE and listings on faint pictures. `false yes` is the share of yes where the shape "
         "is not there, CHAIR_i of the named shapes, CHAIR_s of the listings with one. `recall` and `clear pictures` "
         "(panel, place and count, right to the last token) are to be kept: the whole interval above -0.05. Controls: "
-        "for VHR random halves of the heads of every layer, reinforced alike; for VAR the same share moved in rows of "
-        "random heads that it leaves alone; for PAINT by head the weights dealt out anew in every layer. PAINT as "
+        "for VHR random halves of the heads of every layer, reinforced alike; for VAR the same share moved in random "
+        "halves of the heads of its layers; for PAINT by head the weights dealt out anew in every layer. PAINT as "
         "released takes all heads alike and has none. `tuned` is the best of a small grid on other items, for "
-        "questions and for listings each by itself.",
+        "questions and for listings each by itself. An independent table has VAR worse than none in captions of a "
+        "large model (CHAIR 52.5 against 48.6, LLaVA-1.5).",
         hallucinating.part,
     ),
     "gaze": Part(

@@ -23,7 +23,6 @@ from headwise.heads import HeadSet
 from headwise.metrics import measure
 from headwise.model.attached import AttachedModel
 from headwise.probes import ItemSet
-from headwise.sweep import matched_sets
 from headwise.use.hallucination import Answers, Listings, answers, listings
 from headwise.use.intervention import Intervention
 from headwise.use.looking.paint import PAINT, visual_sensitivity
@@ -33,8 +32,6 @@ from headwise.use.scaling import HeadScaling
 from headwise.use.tuning import tuned
 
 BATCH = 32
-CENTRIC = 0.1
-"""At so many of the queries is a head image-centric that VAR's controls stand in for."""
 IDLE = 1e-3
 """In logits: an edit that moves no answer further does nothing."""
 CLEAR = ("panel", "place", "count")
@@ -210,7 +207,7 @@ OF_LISTINGS: Mapping[str, tuple[Callable[[Listings], Share], int]] = {
 
 def _vhr(bench: Bench) -> Graded:
     """VHR chooses half of the heads of every layer prompt by prompt; the control reinforces random halves."""
-    halves = [_half(bench.model, f"{bench.seed}/{draw}") for draw in range(bench.sizes.controls)]
+    halves = _halves(bench)
     return Graded(
         made=lambda strength: VHR(strength[0]),
         paper=(2.0,),
@@ -221,15 +218,12 @@ def _vhr(bench: Bench) -> Graded:
 
 
 def _var(bench: Bench) -> Graded:
-    """The control moves the same share in rows of heads that VAR leaves alone, as many in each layer as it changes."""
-    items = bench.items("existence", "finding", FINDING)
-    dims = sink_dimensions(bench.model, items)
+    """VAR changes the heads that look at the picture, row by row; the control changes random halves of the same layers,
+    in every row with a visual sink."""
+    dims = sink_dimensions(bench.model, bench.items("existence", "finding", FINDING))
     tau = checked_tau(bench.model, None)
-    inner = bench.model.heads([site.label for site in deep_sites(bench.model)[:-1]])
-    centric = HeadSet(
-        tuple(each for each in bench.scores("image-centric", "existence").above(CENTRIC) if each in inner)
-    )
-    drawn = matched_sets(centric, inner, bench.sizes.controls, bench.seed).sets if centric else ()
+    inner = {site.label for site in deep_sites(bench.model)[:-1]}
+    drawn = [half.filter(lambda each: each.site.label in inner) for half in _halves(bench)]
     return Graded(
         made=lambda strength: VAR(dims, p=strength[0], tau=strength[1] * tau),
         paper=(0.6, 1.0),
@@ -264,6 +258,10 @@ def _painting(made: Callable[[Numbers], Intervention], controls: Callable[[Numbe
         controls=controls,
         told="{} times alpha 0.7 and beta 0.3",
     )
+
+
+def _halves(bench: Bench) -> list[HeadSet]:
+    return [_half(bench.model, f"{bench.seed}/{draw}") for draw in range(bench.sizes.controls)]
 
 
 def _half(model: AttachedModel, seed: str) -> HeadSet:

@@ -34,13 +34,13 @@ class Sizes:
     """Numbers of items that judge, and of control sets."""
 
     verdicts: int = 32
-    questions: int = 128
-    lists: int = 48
+    questions: int = 200
+    lists: int = 96
     clear: int = 32
-    crossed: int = 64
+    crossed: int = 96
     captions: int = 48
     pruned: int = 48
-    controls: int = 6
+    controls: int = 8
     verdict_controls: int = 50
 
 

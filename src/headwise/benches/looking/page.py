@@ -34,7 +34,10 @@ def page(found: Found) -> str:
             "|---|---|---|---|",
         ]
         lines += [_summary(name, _by_model(found, id, name)) for name in _names(found, id)]
-        lines.append("")
+        nowhere = [
+            name for name in _names(found, id) if not any(row.holds for row in _by_model(found, id, name).values())
+        ]
+        lines += ["", f"In no model: {'; '.join(nowhere)}.", ""] if nowhere else [""]
     for id, part in PARTS.items():
         lines += [f"## {id}\n", f"{part.title}. {part.how}\n"]
         for name in _names(found, id):

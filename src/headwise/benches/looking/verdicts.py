@@ -39,6 +39,8 @@ class Found:
 
 
 VISION_AWARE = Found("vision-aware", "existence")
+RELATIVE = Found("vision-aware", "existence", {"distance": "relative"})
+"""Large heads move far: as a share of what they give with and without the picture."""
 OF_PICTURES = Found("multimodal-retrieval", "picture-needle")
 OF_TEXT = Found("multimodal-retrieval", "text-needle")
 
@@ -53,7 +55,7 @@ def gazing(probe: str) -> dict[str, Found]:
 
 
 TESTED: Mapping[str, tuple[Mapping[str, Any], tuple[Found, ...]]] = {
-    "existence": ({"faintness": 0.0}, (VISION_AWARE,)),
+    "existence": ({"faintness": 0.0}, (VISION_AWARE, RELATIVE)),
     "panel": ({}, (*gazing("panel").values(), VISION_AWARE)),
     "place": ({}, (*gazing("place").values(), VISION_AWARE)),
     "picture-needle": ({}, (OF_PICTURES, OF_TEXT)),

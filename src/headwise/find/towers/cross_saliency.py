@@ -157,7 +157,7 @@ def _of_items(
         raise Refusal(f"{model.name} does not give its encoder's states, which occlusion takes; use another model")
     patterns = {site.id: got.rows[site.label].float().cpu() for site in sites}
     moved = {site.id: patterns[site.id] * _lengths(model, site, got.v[site.label]).cpu()[:, :, None] for site in sites}
-    clean = output.logits.float().log_softmax(-1)
+    clean = output.logits.double().log_softmax(-1)
     occluded = _states_without if occlusion.by == "states" else _input_without
     total = torch.zeros(*clean.shape[:2], states.shape[1])
     covered = torch.zeros(states.shape[1])
@@ -176,7 +176,7 @@ def _lost(
 ) -> Iterator[Float[Tensor, "item token"]]:
     """KL of the clean distributions to those of each window, which stand one after the other along the rows."""
     with torch.no_grad():
-        logits = model(**given, use_cache=False).logits.float().log_softmax(-1)
+        logits = model(**given, use_cache=False).logits.double().log_softmax(-1)
     for without in logits.split(len(clean)):
         yield (clean.exp() * (clean - without)).sum(-1).clamp(min=0).cpu()
 

@@ -22,7 +22,7 @@ from headwise.model.capture import Opened
 from headwise.model.operations import Decided, Here, Scale
 from headwise.model.positions import Frame
 from headwise.model.running.plan import Layer, Placed
-from headwise.model.running.run import Run, parameter_names
+from headwise.model.running.run import Run, parameter_names, picture_token
 
 if TYPE_CHECKING:
     from headwise.model.running.runner import Runner
@@ -126,6 +126,11 @@ def _inputs(network: Any, arguments: Mapping[str, Any], frame: Frame, decision: 
     if getattr(network.config, "is_encoder_decoder", False) or not isinstance(ids, Tensor):
         raise Refusal(f"{name} is not given a prompt to go on with in input_ids, so no span can be left out of it")
     rows = [ids[row, kept] for row, kept in enumerate(_kept(ids, frame, decision))]
+    token = picture_token(network)
+    if token is not None and any(bool(torch.eq(row, token).any()) for row in rows):
+        raise Refusal(
+            f"without {decision.without!r} pictures are left in the prompt, and that run has none; leave out 'image'"
+        )
     width = max(map(len, rows))
     shorter: dict[str, Any] = {
         "input_ids": torch.stack([pad(row, (width - len(row), 0)) for row in rows]),

@@ -12,7 +12,7 @@ selected heads H and the question's tokens q:
 Exact: R, and heads from the top 5 percent of the scores (`HeadScores.top`). The paper's text does not say whether R
 takes a null question away as the score of heads does (QRHead does): `calibrated`, off unless asked for. R is a sum over
 tokens, so that large pages gain; `counting="mean"` is R by token. A head whose window does not reach a page has no part
-in the mean of that page, and a page that none reaches is ranked last.
+in the mean of that page, and a page that none reaches is not ranked: it counts as not found.
 
 The heads must come from other items than those that are ranked.
 """

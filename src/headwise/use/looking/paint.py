@@ -59,6 +59,10 @@ Merging = Literal["grid", "runs"]
 """How patches become a token: squares of the grid of patches, or as many one after the other."""
 
 
+MOST_BESIDE = 8
+"""Tokens that a tower may have beside its patches: a class token, registers. More of them are patches left out."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class PAINT(Intervention):
     """Raise the attention of the next token to what the vision tower finds telling: `with PAINT()(model): ...`.
@@ -243,6 +247,8 @@ class _Seen:
             )
         sizes = [shown.shape[1] for shown in self.first]
         beside = sizes[0] % (tokens // len(sizes)) if len({*sizes}) == 1 and tokens % len(sizes) == 0 else 0
+        if beside > MOST_BESIDE:
+            beside = 0
         each, rest = divmod(patches - beside * len(sizes), tokens)
         if rest or each == 0:
             raise Refusal(
@@ -283,7 +289,8 @@ def _tower(model: AttachedModel) -> tuple[SiteId, SiteId]:
 def _merging(model: AttachedModel) -> Merging:
     config: Any = model.model.config
     vision = getattr(config, "vision_config", None)
-    if getattr(config, "vision_feature_select_strategy", "default") == "full":
+    full = getattr(config, "vision_feature_select_strategy", "default") == "full"
+    if full and "class_embedding" in {name.rpartition(".")[2] for name, _ in model.model.named_parameters()}:
         raise Refusal(f"{PAINT.id}: {model.name} takes [CLS] for an image token; PAINT chooses among patches alone")
     if getattr(vision, "fullatt_block_indexes", None) is not None:
         raise Refusal(

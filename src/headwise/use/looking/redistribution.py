@@ -10,11 +10,12 @@ for every head and query behind the pictures at which the head is image-centric,
 with S what the row has on all sinks, and R on the picture tokens that are none. Rows keep their sums. p = 0.6, in the
 layers from the third on, but for the last; in the prompt the queries behind the last picture, then every token written.
 
-Exact: the formula, its numbers and where it acts. A row changes nothing if no picture token is a sink there (the paper
-moves attention from visual sinks, and without one there is no visual sink to move from), if nothing of it lies on
-pictures but on sinks, or if it has no picture. Sinks are told when the prompt runs, in every row of a batch by itself
-(the released code counts tokens over a batch as one text, and so serves one prompt at a time); tokens that are written
-are none. The sink dimensions belong to the model: `sink_dimensions` finds them. `tau` as there.
+Exact: the formula, p and where it acts. Ours: tau where it is not 20 (`visual_sink`), and the rows left alone. A row
+changes nothing if no picture token is a sink there (the paper moves attention from visual sinks, and without one there
+is no visual sink to move from), if nothing of it lies on pictures but on sinks, or if it has no picture. Sinks are told
+when the prompt runs, in every row of a batch by itself (the released code counts tokens over a batch as one text, and
+so serves one prompt at a time); tokens that are written are none. The sink dimensions belong to the model:
+`sink_dimensions` finds them. `tau` as there.
 
 An independent table has VAR worse than the plain model on object hallucination in captions (CHAIR 52.5 against 48.6 on
 LLaVA-1.5), so it is no cure for that.

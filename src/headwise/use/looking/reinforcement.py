@@ -15,7 +15,7 @@ A reconstruction, from two notes on the paper; its code was not to be had. Open 
 pictures is the plain model's, so nothing is reinforced in it; an outlier has both, a large VHD and a surge; z is
 multiplied at the prompt's last token and all after it (`scope`). Divergences that rounding alone can make count as 0.
 
-The prompt without pictures runs once, before the first token, and after that the model costs what it did.
+The prompt without pictures runs once, before the first token; after that heads are multiplied by known numbers.
 `fixed_heads` makes the paper's control: heads chosen once, the same for every prompt.
 """
 
