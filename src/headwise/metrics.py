@@ -29,8 +29,9 @@ from headwise.model.edit import Edit
 from headwise.probes.batch import Batch
 from headwise.probes.encoded import EncodedItem
 from headwise.probes.encoding import ItemSet
+from headwise.probes.form import WANTS, Want
 from headwise.probes.layout import Ids
-from headwise.probes.outcome import WANTS, Outcome, Want, observe, places, refuse_spans_in_the_decoder, refuse_two_sided
+from headwise.probes.outcome import Outcome, observe, places, refuse_spans_in_the_decoder, refuse_two_sided
 from headwise.words import refusal_markers
 
 Need = Literal["logits", "generation", "embedding", "clean"]

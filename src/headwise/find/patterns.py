@@ -28,7 +28,8 @@ from headwise.model.attached import AttachedModel
 from headwise.model.read import Read
 from headwise.probes.batch import Batch
 from headwise.probes.encoding import ItemSet
-from headwise.probes.outcome import Want, observe, places, refuse_two_sided
+from headwise.probes.form import Want
+from headwise.probes.outcome import observe, places, refuse_two_sided
 
 BUDGET = 64 * 2**20
 """Bytes of the rows that are read at a time, as fp32."""
