@@ -25,17 +25,6 @@ from headwise.model.running.searches import refuse_search
 from headwise.model.site import Site
 from headwise.model.table import SiteTable
 
-_OF_A_RUN = (
-    "_layers",
-    "_owner",
-    "_run",
-    "_runs",
-    "_replayable",
-    "_unanswered",
-    "_dual",
-    "_rescoring",
-    "prompt_length",
-)
 _INPUTS = ("inputs", "input_ids", "inputs_embeds", "input_features", "pixel_values")
 
 
@@ -61,6 +50,12 @@ class Runner:
             self._sites_by_module[key] = (*self._sites_by_module.get(key, ()), site)
         self._processors = {site.module: _processor_of(model.get_submodule(site.module)) for site in table.sites}
         self._lock = threading.RLock()
+        self._rest()
+        self._undo: list[Callable[[], None]] = []
+        self._connect()
+
+    def _rest(self) -> None:
+        """No plan is open and nothing runs."""
         self._layers: list[Layer] = []
         self._owner: int | None = None
         self._engine: Engine | None = None
@@ -72,8 +67,6 @@ class Runner:
         """Where the prompt of a forward ends, if neither its plan nor `generate` says so."""
         self._dual: Any = None
         self._rescoring: Any = None
-        self._undo: list[Callable[[], None]] = []
-        self._connect()
 
     def _connect(self) -> None:
         keys = seam.connect(self.model.modules(), self.switch)
@@ -453,17 +446,16 @@ class Runner:
     def interrupted(self) -> Iterator[None]:
         """As `unplanned`, at the entry of a forward: inside no run goes on either; behind it this one does."""
         with self._lock:
-            held = {name: self.__dict__[name] for name in _OF_A_RUN}
-            engine = self._engine
+            held = dict(self.__dict__)
             self._take_off()
-            self.__dict__ |= dict.fromkeys(_OF_A_RUN) | {"_engine": None, "_layers": [], "_runs": 0, "_unanswered": 0}
+            self._rest()
         try:
             yield
         finally:
             with self._lock:
                 self._take_off()
                 self.__dict__ |= held
-                self._put_on(engine)
+                self._put_on(self._engine)
 
     def close(self) -> None:
         """Take everything off. Raises PlanConflict mid-run."""
