@@ -71,10 +71,10 @@ class Shape:
 
 SHAPES = {
     "main": Shape(seed=0),
-    "visual-sibling-1": Shape(seed=1, again=0),
-    "visual-sibling-2": Shape(seed=2, again=0),
-    "visual-sibling-3": Shape(seed=3, again=0),
-    "visual-sibling-siglip": Shape(seed=4, again=0, tower="siglip", layers=5, heads=10, kv_heads=10, head_dim=16),
+    "visual-sibling-1": Shape(seed=1),
+    "visual-sibling-2": Shape(seed=2),
+    "visual-sibling-3": Shape(seed=3),
+    "visual-sibling-siglip": Shape(seed=4, tower="siglip", layers=5, heads=10, kv_heads=10, head_dim=16),
 }
 
 TOWERS = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}

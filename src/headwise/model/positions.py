@@ -8,7 +8,7 @@ from recorded lengths, never from the number of queries in a call.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import index as as_index
@@ -51,7 +51,8 @@ class Frame:
         length: query positions in this forward.
         batch: rows in this forward (with beams and a second stream counted).
         device: where masks are wanted.
-        attended: `[batch, past + length]`, False on padding; None means everything is attended.
+        attended: `[batch, past + length]`, False on padding; None means everything is attended. A function
+            makes it when it is first asked for: most steps of a generation do not.
         prompt: columns below it belong to the prompt.
         generating: whether there are positions behind the prompt, decoded or given (then `last` covers them too).
         spans: named columns as given with the run.
@@ -63,7 +64,7 @@ class Frame:
     length: int
     batch: int
     device: torch.device
-    attended: Bool[Tensor, "batch column"] | None
+    attended: Bool[Tensor, "batch column"] | Callable[[], Tensor | None] | None
     prompt: int
     generating: bool = False
     spans: Mapping[str, SpanRows] = field(default_factory=dict)
@@ -75,10 +76,15 @@ class Frame:
         return self.past + self.length
 
     @cached_property
+    def told(self) -> Bool[Tensor, "batch column"] | None:
+        """True on attended columns, as far as the run was told; None where it was not."""
+        return self.attended() if callable(self.attended) else self.attended
+
+    @cached_property
     def mask(self) -> Bool[Tensor, "batch column"]:
         """True on attended columns."""
-        if self.attended is not None:
-            return self.attended
+        if self.told is not None:
+            return self.told
         return torch.ones(self.batch, self.total, dtype=torch.bool, device=self.device)
 
     @cached_property

@@ -183,6 +183,28 @@ def test_what_is_written_has_the_numbers_of_the_prompt(llava: AttachedModel, cac
         assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(again.seen[label], shown, strict=True))
 
 
+def test_a_step_that_is_only_multiplied_is_as_one_that_is_also_read(llava: AttachedModel) -> None:
+    """Reads take the long way; what is multiplied and no more takes the short one."""
+
+    def written() -> Tensor:
+        found = llava.generate(
+            **llava.example,
+            max_new_tokens=4,
+            min_new_tokens=4,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        return torch.stack(found.logits)
+
+    edit = scaled(llava, lambda last, lacking, here: number(*last.shape[:2]), heads=SOME)
+    with llava.editing(edit):
+        short = written()
+    with llava.editing(edit), llava.reading(hw.read.z(SOME)):
+        assert torch.equal(written(), short)
+    assert not torch.allclose(written()[1:], short[1:], atol=1e-3)
+
+
 def test_it_goes_with_beams_and_with_a_second_stream(llava: AttachedModel) -> None:
     alone = Noting()
     with torch.no_grad(), llava.editing(scaled(llava, alone)):

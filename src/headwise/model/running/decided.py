@@ -21,7 +21,7 @@ from headwise.model import read
 from headwise.model.capture import Opened
 from headwise.model.operations import Decided, Here, Scale
 from headwise.model.positions import Frame
-from headwise.model.running.plan import Layer, Placed
+from headwise.model.running.plan import Layer, Operations, Placed
 from headwise.model.running.run import Run, parameter_names, picture_token
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ def kept_factors(
     """Factors of all heads in a decoding step, where an edit does nothing but to multiply by what was decided; else
     None. A step is short, and what is done at each is felt."""
     edit, window = placed.edit, stage.window
-    factor = edit.operation.factor if type(edit.operation) is Scale else None
-    if not isinstance(factor, Decided) or window is None or window.frame.past < max(window.frame.prompt, 1):
+    factor = decided_factor(placed)
+    if factor is None or window is None or window.frame.past < max(window.frame.prompt, 1):
         return None
     if edit.when.place not in ("all", "last") or edit.when.timed or edit.queries is not None or edit.rows is not None:
         return None
@@ -105,6 +105,21 @@ def kept_factors(
         factors[:, 0, list(placed.heads), 0] = numbers.to(x)
         stage.run.decided[kept] = factors
     return stage.run.decided[kept]
+
+
+def decided_factor(placed: Placed) -> Decided | None:
+    """What an edit multiplies by, where the prompt decides it."""
+    operation = placed.edit.operation
+    return operation.factor if type(operation) is Scale and isinstance(operation.factor, Decided) else None
+
+
+def settled_factors(operations: Operations, z: Float[Tensor, "batch position head dim"], stage: Stage) -> Tensor | None:
+    """Factors of all heads, if to multiply z by them is all that is done at a site from this call of the run on."""
+    listed = operations.edits.get("z", [])
+    if len(listed) != 1 or len(operations.edits) != 1 or operations.reads or decided_factor(listed[0]) is None:
+        return None
+    plain = stage.stream is None and not stage.site.chunked and stage.site.route == "registry"
+    return kept_factors(listed[0], z, stage) if plain and stage.run.plan.denoising is None else None
 
 
 def _here(placed: Placed, stage: Stage) -> Here:

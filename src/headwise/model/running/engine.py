@@ -25,6 +25,7 @@ from headwise.model.finding.sublayers import Block, first_tensor, with_first_ten
 from headwise.model.finding.token_spans import lengths_given
 from headwise.model.running import rowwork, valuework
 from headwise.model.running.compiled import leave_graph
+from headwise.model.running.decided import settled_factors
 from headwise.model.running.in_place import require_in_place
 from headwise.model.running.lowering import through
 from headwise.model.running.plan import AT_PROJECTION, FINAL, Operations, Placed, Plan
@@ -84,6 +85,11 @@ class Engine:
         operations = self.plan.sites.get(site.id)
         if operations is None:
             return base(module, query, key, value, attention_mask, *args, **options)  # type: ignore[no-any-return]
+        if (factors := run.settled.get(site.id)) is not None and len(factors) == len(query):
+            z, *rest = base(module, query, key, value, attention_mask, *args, **options)
+            run.shapes[site.id] = (len(query), query.shape[2])
+            operations.edits["z"][0].met(len(query) * query.shape[2])
+            return (z * factors, *rest)
         operations = operations.now(self.plan.denoising, lambda variable: variable not in AT_PROJECTION)
         if options.get("dropout"):
             raise Refusal(f"{site.label} applies attention dropout {options['dropout']}: call model.eval() first")
@@ -108,6 +114,8 @@ class Engine:
             call = AttentionCall(module, query, key, value, attention_mask, named, kernel_name(base))
             z = rowwork.serve(call, z, operations, stage)
         z = valuework.edited(z, edits.get("z", []), stage)
+        if (factors := settled_factors(operations, z, stage)) is not None:
+            run.settled[site.id] = factors
         z = valuework.read(z, reads.get("z", []), stage)
         z = valuework.read_gate(z, reads.get("gate", []), stage)
         for placed in reads.get("write_by_span", []):

@@ -259,7 +259,7 @@ def _read_statistics(call: AttentionCall, placed: Placed, edits: Sequence[Placed
         of_columns = {"sink_mass", "top1", "mean_distance"} if window.joined else {"sink_mass"}
         named = of_columns & placed.read.wanted or placed.read.spans or placed.read.pairs
         first_key = window.key_frame.first if named else torch.zeros(n_rows, dtype=torch.long, device=device)
-        valid = window.queries(window.frame.attended)
+        valid = window.queries(window.frame.told)
         spans = {name: window.keys(window.key_frame.span(name)) for name in placed.read.spans}
     pairs = _pairs(placed, query_columns, n_rows, stage)
     if pattern_edited:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
@@ -61,7 +61,8 @@ class Run:
     Attributes:
         received: by edit, site and stream, the keys that took much of the prompt's attention (see `received.py`).
         lacking: z at the prompt's last token in runs of the prompt without a span; `decided`: by edit, site and stream,
-            the numbers that were chosen from it (see `decided.py`).
+            the numbers that were chosen from it (see `decided.py`); `settled`: of sites that are multiplied by such
+            numbers and by nothing else from now on, the factors of all heads.
         prompt: length of the prompt where it is known beforehand (`generate`, or given with the plan).
         attended: the 2-D attention mask that `generate` was given.
         stream: in a dual run, whose rows a forward holds; `unparted` outside the model's own forward. Else None.
@@ -99,6 +100,7 @@ class Run:
     received: dict[Any, Tensor] = field(default_factory=dict)
     lacking: dict[Any, Captured] = field(default_factory=dict)
     decided: dict[Any, Tensor] = field(default_factory=dict)
+    settled: dict[SiteId, Tensor] = field(default_factory=dict)
     replays: dict[int, int] = field(default_factory=dict)
     pictures: dict[str, SpanRows] = field(default_factory=dict)
 
@@ -216,7 +218,7 @@ class Run:
         past = cached_length(cache)
         total = past + length
         caches = "past_key_values" in arguments or cache is not None
-        attended = self._attended(arguments, batch, total, caches)
+        around = tuple(opening.arguments for opening in reversed(self.open))
         if self.prompt is not None and caches:
             prompt = self.prompt
         elif past == 0:
@@ -228,7 +230,7 @@ class Run:
             length=length,
             batch=batch,
             device=sequence.device,
-            attended=attended,
+            attended=partial(self._attended, (arguments, *around), int(sequence.shape[0]), batch, total, caches),
             prompt=prompt,
             # A text given whole, with the place where its prompt ends, is edited as if it were being generated.
             generating=self.generating or past > 0 or prompt < total,
@@ -241,15 +243,18 @@ class Run:
         """Rows before beams were expanded, if a batch of this many rows comes from such."""
         return self.rows if self.rows and batch % self.rows == 0 else None
 
-    def _attended(self, arguments: Mapping[str, Any], batch: int, total: int, caches: bool) -> Tensor | None:
-        decodes = isinstance(arguments.get("encoder_hidden_states"), Tensor)
-        for candidate in (arguments, *(opening.arguments for opening in reversed(self.open))):
+    def _attended(
+        self, given_to: Sequence[Mapping[str, Any]], rows: int, batch: int, total: int, caches: bool
+    ) -> Tensor | None:
+        """From the arguments of a tower and of those around it, innermost first; `rows` are of all streams."""
+        decodes = isinstance(given_to[0].get("encoder_hidden_states"), Tensor)
+        for candidate in given_to:
             # Around a decoder stands a model whose `attention_mask` is the encoder's.
             outer = decodes and "decoder_attention_mask" in candidate
             mask = candidate.get("decoder_attention_mask" if outer else "attention_mask")
             if isinstance(mask, Mapping):
                 mask = mask.get("full_attention")
-            found = attended_columns(mask, batch * self.streams, total)
+            found = attended_columns(mask, rows, total)
             if found is not None:
                 return found[:batch]
         given = self.attended if caches else None  # the mask of generate() is the decoder's, not another tower's
