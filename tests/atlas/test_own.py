@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,19 @@ def test_an_item_more_is_another_atlas(
     written(tmp_path, items)
     with pytest.raises(InputError, match="the items of my-garden are not those of this atlas"):
         plan(seeing, settings, ["repeat"], one, before)
+
+
+def test_another_text_under_the_same_id_is_another_atlas(
+    seeing: AttachedModel, ask: Callable[..., tuple[Item, ...]], method: Callable[..., Method], tmp_path: Path
+) -> None:
+    items, settings, one = ask(seeing, 40), Settings(items=40, controls=4), [method("by-place", probe="shown")]
+    file = written(tmp_path, items)
+    before = plan(seeing, settings, [file], one, None).manifest
+    written(tmp_path, tuple(replace(each, foils=tuple(x for x in "abc" if x != each.answer)) for each in items))
+    with pytest.raises(InputError, match="items of my-garden have the ids of this atlas and other texts"):
+        plan(seeing, settings, ["repeat"], one, before)
+    older = replace(before, probes=tuple(replace(each, digests=()) for each in before.probes))
+    assert plan(seeing, settings, ["repeat"], one, older).manifest.probes[0].digests == ()
 
 
 def test_names_that_say_nothing_or_another_probe(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import headwise as hw
+from headwise import zoo
 from headwise.errors import InputError, Refusal
 from headwise.model.attached import AttachedModel
 from headwise.probes.encoding import ItemSet, encode
@@ -305,3 +306,16 @@ def test_twins_with_other_pictures(model: AttachedModel) -> None:
     same = prompt.item(" a", twin=prompt, twin_answer=" b", pictures=(one,), twin_pictures=(one,)).named("t")
     with pytest.raises(InputError, match="its twin is the same to this tokenizer"):
         encode([same], model)
+
+
+def test_inputs_along_the_tokens_are_refused() -> None:
+    from transformers import MllamaProcessor
+    from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+    tokenizer = zoo.build("tiny-llava").tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|image|>"]})
+    tokenizer.image_token = "<|image|>"
+    tokenizer.image_token_id = tokenizer.convert_tokens_to_ids("<|image|>")
+    small = MllamaImageProcessorPil(size={"height": 32, "width": 32}, max_image_tiles=2)
+    with pytest.raises(Refusal, match="gives cross_attention_mask along the tokens"):
+        picture_reader(MllamaProcessor(small, tokenizer))

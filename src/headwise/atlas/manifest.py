@@ -132,6 +132,7 @@ class ProbeCard:
         finding: items that heads are found on; `testing`: those that test them, among which only those that the model
             answers count.
         dropped: how many items were passed over, by reason.
+        digests: of what the items of both say; empty in an atlas made before there were any.
         pictures: whether it asks about pictures: its items have some, and the answer does not stand in their text.
         file: path of a probe file, as it was given; empty for a probe.
     """
@@ -143,6 +144,7 @@ class ProbeCard:
     finding: tuple[str, ...]
     testing: tuple[str, ...]
     dropped: Mapping[str, int]
+    digests: tuple[str, ...] = ()
     pictures: bool = False
     file: str = ""
 
@@ -218,7 +220,7 @@ class Manifest:
             settings = dict(given["settings"])
             settings["doses"] = tuple(settings["doses"])
             probes = (
-                {**each, "finding": tuple(each["finding"]), "testing": tuple(each["testing"])}
+                {**each, **{name: tuple(each.get(name, ())) for name in ("finding", "testing", "digests")}}
                 for each in given["probes"]
             )
             return cls(

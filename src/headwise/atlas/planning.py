@@ -158,6 +158,7 @@ def plan(
             finding=halves.finding.ids,
             testing=halves.testing.ids,
             dropped=dict(halves.testing.dropped),
+            digests=halves.finding.digests + halves.testing.digests,
             pictures=halves.testing.reader is not None and not each.in_prompt,
             file=each.file if isinstance(each, ProbeFile) else "",
         )
@@ -165,6 +166,11 @@ def plan(
             raise InputError(
                 f"the items of {each.id} are not those of this atlas (its settings are "
                 f"{dict(cards[each.id].settings)} there and {dict(made.settings)} here); choose another --out"
+            )
+        if each.id in cards and (cards[each.id].digests or made.digests) != made.digests:
+            raise InputError(
+                f"items of {each.id} have the ids of this atlas and other texts, answers, spans or pictures; choose "
+                "another --out"
             )
         cards.setdefault(each.id, made)
         items[each.id] = halves

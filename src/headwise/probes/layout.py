@@ -346,6 +346,7 @@ def _tried(processor: Any) -> PictureReader:
         if token is None or not ids.count(token) or two["input_ids"][0].tolist().count(token) != 2 * ids.count(token):
             trouble = f"{name} adds no tokens for a picture where {mark!r} stands"
             continue
+        _refuse_along_tokens(name, one, trial._processed(f"{mark} a longer text than before", [sample]))
         by_row = frozenset(
             key
             for key, value in two.items()
@@ -354,6 +355,16 @@ def _tried(processor: Any) -> PictureReader:
         types = next((each for each in TOKEN_TYPES if each in one), "")
         return PictureReader(processor, mark, mark_id, token, by_row, types)
     raise Refusal(f"pictures cannot be written into a prompt: {trouble}; check the processor's image token")
+
+
+def _refuse_along_tokens(name: str, short: Mapping[str, Any], long: Mapping[str, Any]) -> None:
+    """Raises Refusal for inputs beside the text that are as long as it: a batch would have to pad them with it."""
+    for key, value in short.items():
+        if key not in _TEXT_INPUTS and isinstance(value, Tensor) and value.shape != long[key].shape:
+            raise Refusal(
+                f"{name} gives {key} along the tokens of the text, which items with pictures cannot be made of; run "
+                "the model on the processor's own inputs"
+            )
 
 
 def _template_mark(processor: Any, image_token: str) -> str:
