@@ -187,6 +187,17 @@ def test_runs_find_the_pictures_themselves(model: AttachedModel, items: ItemSet)
     assert all(fired.calls >= 3 for fired in block.fired)
 
 
+@pytest.mark.parametrize("size", [4, 20])
+def test_a_prompt_in_pieces_has_the_same_pictures(size: int) -> None:
+    with hw.load("zoo:tiny-llava") as loaded:
+        asked = {**loaded.example, "max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+        plain = loaded.generate(**asked)
+        with loaded.editing(hw.edit.block("L0H0, L1H1, L2H1", keys="span:image")):
+            whole, pieces = loaded.generate(**asked), loaded.generate(**asked, prefill_chunk_size=size)
+    assert torch.equal(whole, pieces)
+    assert not torch.equal(whole, plain)
+
+
 def test_a_text_alone_has_no_image(model: AttachedModel) -> None:
     with (
         pytest.raises(InputError, match="its tokens hold no picture"),

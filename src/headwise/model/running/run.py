@@ -102,7 +102,7 @@ class Run:
     decided: dict[Any, Tensor] = field(default_factory=dict)
     settled: dict[SiteId, Tensor] = field(default_factory=dict)
     replays: dict[int, int] = field(default_factory=dict)
-    pictures: dict[str, SpanRows] = field(default_factory=dict)
+    pictures: dict[str, list[list[int]]] = field(default_factory=dict)
 
     @property
     def spans(self) -> dict[str, SpanRows]:
@@ -129,16 +129,21 @@ class Run:
         return self._frame("", arguments, known)
 
     def _find_pictures(self, module: nn.Module, arguments: Mapping[str, Any]) -> None:
-        """Where the first tokens of a run hold pictures, as the model's configuration marks them."""
+        """Where the prompt of a run holds pictures, as the model's configuration marks them; it may come in pieces."""
         ids, token = arguments.get("input_ids"), picture_token(module)
         if token is None or not isinstance(ids, Tensor) or ids.dim() != 2:
             return
-        if cached_length(arguments.get("past_key_values")):
+        past = cached_length(arguments.get("past_key_values"))
+        if past and not (self.generating and past < (self.prompt or 0)):
             return
         rows = ids[: len(ids) // self.streams]
         items = self.items(len(rows))
         seen = (rows[:: len(rows) // items] if items else rows) == token
-        self.pictures = {IMAGE: [each.nonzero()[:, 0].tolist() for each in seen.cpu()]} if bool(seen.any()) else {}
+        found = [(past + each.nonzero()[:, 0]).tolist() for each in seen.cpu()]
+        before = self.pictures.get(IMAGE) if past else None
+        if before is not None:
+            found = [[*earlier, *now] for earlier, now in zip(before, found, strict=True)]
+        self.pictures = {IMAGE: found} if any(found) else {}
 
     def again(self) -> None:
         """The forward that was entered runs once more, for the other stream."""
