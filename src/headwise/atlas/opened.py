@@ -1,4 +1,4 @@
-"""An atlas as it is read: scores, evidence, verdicts, examples. Verdicts are judged anew on every reading."""
+"""An atlas as it is read: scores, evidence, verdicts, examples. Verdicts are not stored: they are judged from cells."""
 
 from __future__ import annotations
 
@@ -199,7 +199,23 @@ class Atlas:
 
         A behaviour whose map could not be measured is in `refused`, and not among these.
         """
-        return [(evidence, judge(evidence)) for evidence in (self.evidence(probe) for probe in self.judgeable)]
+        there: dict[str, list[str]] = {}
+        for cell in self.cells:
+            if self.store.has(cell):
+                there.setdefault(cell.probe, []).append(cell.id)
+        found = []
+        for probe in self.judgeable:
+            key = (probe, *there[probe])
+            if key not in self._judged:
+                evidence = self.evidence(probe)
+                self._judged[key] = evidence, judge(evidence)
+            found.append(self._judged[key])
+        return found
+
+    @cached_property
+    def _judged(self) -> dict[tuple[str, ...], tuple[Evidence, FamilyVerdict]]:
+        """By behaviour and its cells that are there: tables, report and summary ask for the same ones."""
+        return {}
 
     def judged(self) -> list[FamilyVerdict]:
         """The verdicts of `families`."""

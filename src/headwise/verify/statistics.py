@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
+from scipy import special, stats
 
 from headwise.errors import InputError
 
@@ -17,6 +17,9 @@ TAIL = 3.0
 """Most degrees of freedom: the spread of control sets is taken to have no lighter tail than Student's t with 3."""
 
 SETS_PER_DEGREE = 5.0
+
+NORMAL_MAD = float(special.ndtri(0.75))
+"""The median absolute deviation of the standard normal distribution."""
 
 Drops = Float[np.ndarray, " item"]
 ControlDrops = Float[np.ndarray, "set item"]
@@ -64,13 +67,14 @@ def studentised_p(drops: Drops, controls: ControlDrops) -> float:
     if sets < 2 or items < 2:
         raise InputError(f"{sets} control sets on {items} items have no spread; at least 2 of each are needed")
     effect, means = float(drops.mean()), controls.mean(axis=1)
-    spread = float(stats.median_abs_deviation(means, scale="normal")) or float(means.std(ddof=1))
+    middle = float(np.median(means))
+    spread = float(np.median(np.abs(means - middle))) / NORMAL_MAD or float(means.std(ddof=1))
     among_sets = spread**2 * (1 + np.pi / 2 / sets)
     common = controls.mean(axis=0)
     own, usual = np.var(drops - common, ddof=1), np.median(np.var(controls - common, axis=1, ddof=1))
     among_items = max(0.0, float(own - usual) / items)
     p = _upper_tail(
-        effect - float(np.median(means)),
+        effect - middle,
         (among_sets, min(TAIL, (sets - 1) / SETS_PER_DEGREE)),
         (among_items, items - 1.0),
     )
@@ -135,12 +139,12 @@ def _upper_tail(distance: float, *parts: tuple[float, float]) -> float:
     total = sum(variance for variance, _ in parts)
     if total == 0:
         return 0.0 if distance > 0 else 1.0
-    return float(stats.t.sf(distance / np.sqrt(total), _freedom(parts)))
+    return float(special.stdtr(_freedom(parts), -distance / np.sqrt(total)))
 
 
 def _interval(centre: float, parts: Sequence[tuple[float, float]], level: float) -> tuple[float, float]:
     total = sum(variance for variance, _ in parts)
     if total == 0:
         return centre, centre
-    half = float(stats.t.ppf((1 + level) / 2, _freedom(parts)) * np.sqrt(total))
+    half = float(special.stdtrit(_freedom(parts), (1 + level) / 2) * np.sqrt(total))
     return centre - half, centre + half
