@@ -76,6 +76,15 @@ def model() -> Iterator[AttachedModel]:
         yield attached
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """And so one process, of which tests can say which cell it measures when."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def run(model: AttachedModel) -> Callable[..., Atlas]:
     """`run(folder, **arguments)`: an atlas of `SHORT` with two methods, 16 items and 4 control sets."""

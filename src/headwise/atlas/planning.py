@@ -52,7 +52,7 @@ class Halves:
 class Plan:
     """A manifest, the probes and the items that it names, and how long a token takes on each probe, in seconds.
 
-    `shortened` says of a probe that had to be shortened how, in words.
+    `shortened` says of a probe that had to be shortened how, in words; `processes` measure cells side by side.
     """
 
     manifest: Manifest
@@ -61,6 +61,7 @@ class Plan:
     methods: Mapping[str, Method]
     pace: Mapping[str, float]
     shortened: Mapping[str, str]
+    processes: int = 1
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -101,6 +102,8 @@ def plan(
     methods: Sequence[str | Method] | None,
     earlier: Manifest | None,
     told: Callable[[str, int, int], None] = lambda probe, place, of: None,
+    *,
+    processes: int = 1,
 ) -> Plan:
     """What is to be measured; of an atlas that exists, what it has and what is asked for beyond it.
 
@@ -196,7 +199,7 @@ def plan(
         manifest = replace(manifest, versions=earlier.versions)
     cells, unfit = _cells(model, manifest, items, chosen_methods, earlier)
     manifest = replace(manifest, cells=cells, left_out={**left_out, **unfit})
-    return Plan(manifest, {each.id: each for each in asked}, items, chosen_methods, pace, shortened)
+    return Plan(manifest, {each.id: each for each in asked}, items, chosen_methods, pace, shortened, processes)
 
 
 def _fitting(probe: Probe, model: AttachedModel, settings: Settings) -> tuple[Halves, float, str]:

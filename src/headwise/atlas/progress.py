@@ -97,7 +97,7 @@ class Shown:
         elif time.monotonic() - self.said_at >= EVERY:
             self.said_at = time.monotonic()
             passed = self.said_at - self.began_at
-            left = passed * (self.work - self.done) / self.done if self.done else self.work
+            left = passed * (self.work - self.done) / self.done if self.done else self.work / self.plan.processes
             self.console.print(f"headwise: {self.n} of {self.n_left} cells, about {duration(left)} left")
 
 
@@ -109,7 +109,7 @@ def announcement(plan: Plan, left: Sequence[Cell]) -> list[str]:
     methods = ", ".join(each.id for each in manifest.methods) or "none"
     lines = [
         f"{model.name}: {len(model.heads)} heads, {model.parameters / 1e6:.1f} million weights, {model.dtype}, "
-        f"{manifest.threads} threads",
+        f"{_several(plan.processes, 'process')} of {_several(manifest.threads, 'thread')}",
         f"behaviours: {behaviours}; off target: {manifest.off_target or 'none'}",
         f"methods: {methods}",
         f"{settings.items} items per probe, half to find heads and half to test them; knock-outs by {settings.mode} at "
@@ -122,11 +122,15 @@ def announcement(plan: Plan, left: Sequence[Cell]) -> list[str]:
     finished = len(plan.cells) - len(left)
     have = f", {finished} are there already" if finished else ""
     if left:
-        most = duration(sum(map(plan.seconds, left)))
+        most = duration(sum(map(plan.seconds, left)) / plan.processes)
         lines.append(f"{len(plan.cells)} cells{have}; about {most}, less where the model does not solve a probe")
     else:
         lines.append(f"all {len(plan.cells)} cells are there already")
     return lines
+
+
+def _several(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}{'es' if word.endswith('s') else 's'}"
 
 
 def duration(seconds: float) -> str:

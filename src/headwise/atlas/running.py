@@ -1,10 +1,10 @@
-"""`atlas`: run all cells that are not there yet, one after the other, each stored before the next one begins."""
+"""`atlas`: run all cells that are not there yet, each stored before the next one of its kind begins."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from headwise.atlas.measuring import Measuring
 from headwise.atlas.opened import Atlas
 from headwise.atlas.pairing import Pairing
 from headwise.atlas.planning import Plan, plan
+from headwise.atlas.processes import one_by_one, processes_for, side_by_side
 from headwise.atlas.progress import Shown
 from headwise.atlas.store import Store
 from headwise.atlas.tables import write_tables
@@ -107,8 +108,10 @@ def atlas(
                 f"{out} has format_version {earlier.format_version}, which this headwise only reads (Atlas.open); "
                 "choose another --out"
             )
-        with _threads(earlier.threads if earlier is not None else torch.get_num_threads()):
-            planned = plan(model, settings, probes, methods, earlier, watcher.planning)
+        processes = processes_for(model) if earlier is None or earlier.threads == 1 else 1
+        threads = torch.get_num_threads() if processes == 1 else 1
+        with _threads(earlier.threads if earlier is not None else threads):
+            planned = plan(model, settings, probes, methods, earlier, watcher.planning, processes=processes)
             if planned.manifest != earlier:
                 store.write_manifest(planned.manifest)
             _run(Measuring(model, planned, store), watcher)
@@ -122,17 +125,31 @@ def _run(measuring: Measuring, watcher: Watching) -> None:
     left = [cell for cell in planned.cells if not store.has(cell)]
     store.log("began", left=len(left), cells=len(planned.cells), versions=dict(planned.manifest.versions))
     watcher.planned(planned, left)
-    for cell in left:
-        watcher.began(cell)
+
+    def measure(cell: Cell) -> str:
         began = time.perf_counter()
-        try:
-            result = pairing.measure(cell)
-        except KeyboardInterrupt:
-            store.log("interrupted", cell=cell.id)
-            raise
+        result = pairing.measure(cell)
         store.write_cell(cell, result)
         store.log("cell", cell=cell.id, seconds=round(time.perf_counter() - began, 3), refused=result.refused)
-        watcher.finished(cell, result.refused)
+        return result.refused
+
+    if planned.processes > 1 and left:
+        steps = side_by_side(left, measure, planned.seconds, planned.processes)
+    else:
+        steps = one_by_one(left, measure)
+    going: dict[str, None] = {}
+    with closing(steps):
+        try:
+            for what, cell, refused in steps:
+                if what == "began":
+                    going[cell.id] = None
+                    watcher.began(cell)
+                else:
+                    del going[cell.id]
+                    watcher.finished(cell, refused)
+        except KeyboardInterrupt:
+            store.log("interrupted", cells=list(going))
+            raise
     store.log("finished")
 
 

@@ -158,7 +158,7 @@ def hallucination(
 def answers(
     model: AttachedModel, items: ItemSet, *, under: Intervention | None = None, batch_size: int = 16
 ) -> Answers:
-    """Whether the model says yes or no, by which of the two is more likely to come next.
+    """Whether the model says yes or no, by which of the two is more likely to come next; a tie counts as wrong.
 
     Args:
         items: whose answers are yes or no, with the other one as the foil, as those of the probe `existence`.
