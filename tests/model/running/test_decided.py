@@ -249,6 +249,11 @@ def test_what_cannot_be_meant_is_said(llava: AttachedModel) -> None:
         wrong = Noting(lambda like: like[0])
         with pytest.raises(InputError, match="expected numbers"), llava.editing(scaled(llava, wrong)):
             llava(**llava.example)
+        with (
+            pytest.raises(Refusal, match="a part of the model does not run"),
+            llava.editing(scaled(llava, Noting(), heads=["vision.L0H0"])),
+        ):
+            llava(**llava.example)
         plain = llava(**llava.example).logits  # what was raised in a run has left nothing behind
         with llava.editing(scaled(llava, Noting())):
             assert torch.equal(llava(**llava.example).logits, plain)

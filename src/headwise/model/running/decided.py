@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from headwise.errors import InputError, Refusal
+from headwise.errors import InputError, NotFired, Refusal
 from headwise.model import read
 from headwise.model.capture import Opened
 from headwise.model.operations import Decided, Here, Scale
@@ -34,7 +34,8 @@ def run_lacking(runner: Runner, run: Run, arguments: Mapping[str, Any]) -> None:
 
     Raises:
         InputError: no such tokens in the prompt, nothing else in it, or its last token among them.
-        Refusal: a model that does not continue text, or a prompt that is not given in ids.
+        Refusal: a model that does not continue text, a prompt that is not given in ids, or heads that do not run
+            without the span.
     """
     frame = run.foreseen(runner.model, arguments, runner.known_prompt)
     if frame is None or frame.past or frame.total < frame.prompt:
@@ -44,8 +45,14 @@ def run_lacking(runner: Runner, run: Run, arguments: Mapping[str, Any]) -> None:
             continue
         inputs = _inputs(runner.model, arguments, frame, decision)
         layer = Layer((read.z(heads, queries=[-1]),), (), {}, None, False, Opened())
-        with runner.interrupted(), torch.no_grad(), runner.open(layer) as got:
-            runner.model(**inputs)
+        try:
+            with runner.interrupted(), torch.no_grad(), runner.open(layer) as got:
+                runner.model(**inputs)
+        except NotFired as error:
+            raise Refusal(
+                f"without {decision.without!r} a part of the model does not run, so nothing can be decided there "
+                f"({error}); give heads of the stack that goes on with the prompt"
+            ) from None
         run.lacking[key] = got.z
 
 
