@@ -1,4 +1,4 @@
-"""Siblings of the visual organism: other seeds and another tower from the same script, beside the package, not in it."""
+"""Siblings of the visual organism: other seeds and another tower by the same script, beside the package, not in it."""
 
 from __future__ import annotations
 
