@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -112,6 +113,17 @@ def test_a_process_that_is_killed_is_a_refusal() -> None:
         list(side_by_side(CELLS, measure, lambda cell: 1.0, 2))
 
 
+def test_they_end_where_signals_are_handled_otherwise() -> None:
+    asked: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    try:
+        assert len(list(side_by_side(CELLS, lambda cell: "", lambda cell: 1.0, 2))) == 2 * len(CELLS)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not asked
+    assert not psutil.Process().children()
+
+
 def test_processes_do_not_outlive_the_one_they_come_from(tmp_path: Path) -> None:
     script = """
 import sys, time
@@ -142,6 +154,9 @@ for _ in side_by_side(cells, measure, lambda cell: 1.0, 2):
 
 def test_only_small_models_on_the_cpu(model: AttachedModel, two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert processes_for(model) == (1 if torch.cuda.is_available() else 2)
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
+    assert processes_for(model) == 1  # which may have no processes
+    monkeypatch.undo()
     monkeypatch.setattr("headwise.atlas.processes.LARGEST", 10)
     assert LARGEST > 10
     assert processes_for(model) == 1
@@ -157,14 +172,19 @@ def test_cells_come_out_as_with_one_process(run: Callable[..., Atlas], tmp_path:
     assert kept(side.folder) == kept(alone.folder)
 
 
+def test_one_behaviour_is_left_to_threads(run: Callable[..., Atlas], tmp_path: Path, two_threads: None) -> None:
+    assert run(tmp_path / "atlas").manifest.threads == 2
+
+
 def test_an_interrupted_run_goes_on(run: Callable[..., Atlas], tmp_path: Path, two_threads: None) -> None:
     class Stopping(Silent):
         def finished(self, cell: Cell, refused: str) -> None:
             raise KeyboardInterrupt
 
-    folder = tmp_path / "atlas"
+    folder, probes = tmp_path / "atlas", [probe("repeat").over(words=(8,)), "choice"]
     with pytest.raises(KeyboardInterrupt):
-        run(folder, watching=Stopping())
+        run(folder, probes=probes, watching=Stopping())
     assert not psutil.Process().children()
+    assert Atlas.open(folder).manifest.threads == 1
     assert not Atlas.open(folder).complete
-    assert run(folder).complete
+    assert run(folder, probes=probes).complete

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from headwise.errors import InputError
 from headwise.probes import Item, Message, Quote, Range, Twin
 from headwise.probes.item import Passage, occurrences
+from headwise.probes.picture import Picture, Region
 
 
 def test_every_place_of_a_text_is_found_overlapping_ones_too() -> None:
@@ -94,3 +97,26 @@ def test_an_id_is_that_of_the_text() -> None:
 def test_ids_stay_what_they_were() -> None:
     """Results on disk are joined on them."""
     assert Item(prompt="5 + 3 =", answer=" 8").named("arithmetic").id == "arithmetic-4bc205d3b55b"
+
+
+def test_a_digest_is_of_all_that_is_said() -> None:
+    item = Item(prompt="what is it? <image>", answer=" a", foils=(" b",), pictures=(drawn(),), regions=region(8))
+    assert item.digest == replace(item, id="another", attributes={"depth": 3}).digest
+    assert item.digest == replace(item, regions=region(np.int64(8))).digest
+    others = [
+        replace(item, answer=" c"),
+        replace(item, foils=(" c",)),
+        replace(item, spans={"it": (Quote("it"),)}),
+        replace(item, twin=Twin(prompt="what is at? <image>", answer=" c")),
+        replace(item, pictures=(drawn(1),)),
+        replace(item, regions=region(9)),
+    ]
+    assert len({item.digest, *(each.digest for each in others)}) == 7
+
+
+def drawn(shade: int = 0) -> Picture:
+    return Picture.drawn(np.full((16, 16, 3), shade, dtype=np.uint8))
+
+
+def region(side: Any) -> dict[str, Region]:
+    return {"left": Region(0, (0, 0, side, side))}

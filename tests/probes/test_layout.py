@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 import headwise as hw
 from headwise import zoo
@@ -196,6 +197,27 @@ def test_a_prompt_in_pieces_has_the_same_pictures(size: int) -> None:
             whole, pieces = loaded.generate(**asked), loaded.generate(**asked, prefill_chunk_size=size)
     assert torch.equal(whole, pieces)
     assert not torch.equal(whole, plain)
+
+
+def test_pictures_of_an_earlier_run_are_not_left_out_in_silence() -> None:
+    """A second turn, with a picture in the cache of the first one, has no `image` of its own alone."""
+    with hw.load("zoo:tiny-llava") as loaded:
+        turn = {name: value[:1] for name, value in loaded.example.items()}
+        cache = DynamicCache(config=loaded.model.config)
+        with torch.no_grad():
+            loaded(**turn, past_key_values=cache, use_cache=True)
+        ids = torch.cat([turn["input_ids"]] * 2, dim=1)
+        with (
+            pytest.raises(InputError, match="its tokens hold no picture"),
+            loaded.editing(hw.edit.block("L0H0", keys="span:image")),
+        ):
+            loaded.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                pixel_values=turn["pixel_values"],
+                past_key_values=cache,
+                max_new_tokens=1,
+            )
 
 
 def test_a_text_alone_has_no_image(model: AttachedModel) -> None:

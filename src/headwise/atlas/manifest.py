@@ -132,7 +132,7 @@ class ProbeCard:
         finding: items that heads are found on; `testing`: those that test them, among which only those that the model
             answers count.
         dropped: how many items were passed over, by reason.
-        digests: of what the items of both say; empty in an atlas made before there were any.
+        digests: of what all items of a probe file say; empty for a probe, whose ids are made of its items.
         pictures: whether it asks about pictures: its items have some, and the answer does not stand in their text.
         file: path of a probe file, as it was given; empty for a probe.
     """
@@ -220,7 +220,7 @@ class Manifest:
             settings = dict(given["settings"])
             settings["doses"] = tuple(settings["doses"])
             probes = (
-                {**each, **{name: tuple(each.get(name, ())) for name in ("finding", "testing", "digests")}}
+                {**each, **{name: tuple(each[name]) for name in ("finding", "testing", "digests") if name in each}}
                 for each in given["probes"]
             )
             return cls(

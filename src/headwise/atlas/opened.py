@@ -199,13 +199,13 @@ class Atlas:
 
         A behaviour whose map could not be measured is in `refused`, and not among these.
         """
-        there: dict[str, list[str]] = {}
+        judgeable, there = self.judgeable, dict[str, list[str]]()
         for cell in self.cells:
             if self.store.has(cell):
                 there.setdefault(cell.probe, []).append(cell.id)
         found = []
-        for probe in self.judgeable:
-            key = (probe, *there[probe])
+        for probe in judgeable:
+            key = (probe, *there.get(probe, ()))
             if key not in self._judged:
                 evidence = self.evidence(probe)
                 self._judged[key] = evidence, judge(evidence)

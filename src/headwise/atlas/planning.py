@@ -102,8 +102,6 @@ def plan(
     methods: Sequence[str | Method] | None,
     earlier: Manifest | None,
     told: Callable[[str, int, int], None] = lambda probe, place, of: None,
-    *,
-    processes: int = 1,
 ) -> Plan:
     """What is to be measured; of an atlas that exists, what it has and what is asked for beyond it.
 
@@ -161,7 +159,7 @@ def plan(
             finding=halves.finding.ids,
             testing=halves.testing.ids,
             dropped=dict(halves.testing.dropped),
-            digests=halves.finding.digests + halves.testing.digests,
+            digests=tuple(item.digest for item in each.items()) if isinstance(each, ProbeFile) else (),
             pictures=halves.testing.reader is not None and not each.in_prompt,
             file=each.file if isinstance(each, ProbeFile) else "",
         )
@@ -199,7 +197,7 @@ def plan(
         manifest = replace(manifest, versions=earlier.versions)
     cells, unfit = _cells(model, manifest, items, chosen_methods, earlier)
     manifest = replace(manifest, cells=cells, left_out={**left_out, **unfit})
-    return Plan(manifest, {each.id: each for each in asked}, items, chosen_methods, pace, shortened, processes)
+    return Plan(manifest, {each.id: each for each in asked}, items, chosen_methods, pace, shortened)
 
 
 def _fitting(probe: Probe, model: AttachedModel, settings: Settings) -> tuple[Halves, float, str]:

@@ -10,10 +10,14 @@ nothing: it tells who watches how they go, and ends them when it is interrupted.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection, wait
@@ -28,6 +32,9 @@ from headwise.model.attached import AttachedModel
 LARGEST = 50_000_000
 """Most weights of a model that is small in this sense."""
 
+PR_SET_PDEATHSIG = 1
+"""Of prctl(2): the signal that a process gets when the one it comes from ends."""
+
 Lane = Sequence[Cell]
 """Cells that are measured one after the other, in one process."""
 Step = tuple[Literal["began", "finished"], Cell, str]
@@ -38,8 +45,11 @@ Steps = Generator[Step, None, None]
 def processes_for(model: AttachedModel) -> int:
     """As many as torch has threads for a small model on the CPU; 1 for others, and where forking is not safe."""
     small = sum(each.numel() for each in model.model.parameters()) <= LARGEST
-    safe = sys.platform == "linux" and not torch.cuda.is_available()  # autograd on a GPU does not survive a fork
-    return torch.get_num_threads() if small and safe and model.device.type == "cpu" else 1
+    # Autograd on an accelerator does not survive a fork; a daemon is allowed no processes.
+    safe = sys.platform == "linux" and not torch.accelerator.is_available()
+    if not small or not safe or model.device.type != "cpu" or multiprocessing.current_process().daemon:
+        return 1
+    return min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
 
 
 def stages(cells: Sequence[Cell]) -> list[list[Lane]]:
@@ -83,12 +93,9 @@ def _spread(numbers: Sequence[int], pipes: Sequence[Connection]) -> Steps:
         for pipe in [each for each in wait(list(busy)) if isinstance(each, Connection)]:
             try:
                 told = pipe.recv()
-            except EOFError:
-                raise Refusal(
-                    "a process of the atlas was killed, out of memory perhaps; what was finished is kept: run the same "
-                    "command again, with OMP_NUM_THREADS=1 for one process"
-                ) from None
-            if isinstance(told, BaseException):
+            except (EOFError, OSError):
+                raise _killed() from None
+            if isinstance(told, Exception):
                 raise told
             if told is None:
                 _send_next(pipe, waiting, busy)
@@ -97,10 +104,20 @@ def _spread(numbers: Sequence[int], pipes: Sequence[Connection]) -> Steps:
 
 
 def _send_next(pipe: Connection, waiting: list[int], busy: set[Connection]) -> None:
-    if waiting:
-        pipe.send(waiting.pop(0))
-    else:
+    if not waiting:
         busy.discard(pipe)
+        return
+    try:
+        pipe.send(waiting.pop(0))
+    except OSError:
+        raise _killed() from None
+
+
+def _killed() -> Refusal:
+    return Refusal(
+        "a process of the atlas was killed, out of memory perhaps; what was finished is kept: run the same command "
+        "again, with OMP_NUM_THREADS=1 for one process"
+    )
 
 
 @contextmanager
@@ -120,35 +137,36 @@ def _processes(measured: Callable[[int], Steps], count: int) -> Iterator[list[Co
 
 
 def _end(process: Any, pipe: Connection) -> None:
-    process.terminate()
-    process.join()
     pipe.close()
+    process.kill()  # whatever it does with gentler signals, which it has from the one it comes from
+    process.join()
 
 
 def _work(pipe: Connection, of_others: Sequence[Connection], measured: Callable[[int], Steps]) -> None:
     """What a process does: lanes until it is ended, or until the one it comes from is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; who watches ends the others
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # its lock on the folder ends with it
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # not those of a bar that another process draws
     for each in of_others:
         each.close()  # or a process that is gone would not be noticed
-    parent = os.getppid()
     torch.set_num_threads(1)
-    try:
+    with contextlib.suppress(OSError, EOFError):  # the other end of the pipe is gone
         while True:
-            for step in measured(pipe.recv()):
-                if os.getppid() != parent:
-                    return
-                pipe.send(step)
-            pipe.send(None)
-    except (EOFError, BrokenPipeError):
-        return
-    except BaseException as error:
-        pipe.send(_picklable(error))
+            for told in _to_tell(measured(pipe.recv())):
+                pipe.send(told)
 
 
-def _picklable(error: BaseException) -> BaseException:
-    import pickle
-    import traceback
+def _to_tell(steps: Steps) -> Iterator[Step | Exception | None]:
+    """The steps of a lane, and None or what was raised at its end."""
+    try:
+        yield from steps
+    except Exception as error:
+        yield _picklable(error)
+    else:
+        yield None
 
+
+def _picklable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -12,12 +13,12 @@ import torch
 
 from headwise.atlas.asking import Asked
 from headwise.atlas.cell import Cell
-from headwise.atlas.manifest import FORMAT_VERSION, Settings
+from headwise.atlas.manifest import FORMAT_VERSION, Manifest, Settings
 from headwise.atlas.measuring import Measuring
 from headwise.atlas.opened import Atlas
 from headwise.atlas.pairing import Pairing
 from headwise.atlas.planning import Plan, plan
-from headwise.atlas.processes import one_by_one, processes_for, side_by_side
+from headwise.atlas.processes import one_by_one, processes_for, side_by_side, stages
 from headwise.atlas.progress import Shown
 from headwise.atlas.store import Store
 from headwise.atlas.tables import write_tables
@@ -25,6 +26,9 @@ from headwise.errors import InputError
 from headwise.find.method import Method
 from headwise.model.attached import AttachedModel
 from headwise.sweep import Mode
+
+FEW = 4
+"""Behaviours that are enough for any number of processes: fewer leave most of many cores without work."""
 
 
 class Watching(Protocol):
@@ -108,16 +112,29 @@ def atlas(
                 f"{out} has format_version {earlier.format_version}, which this headwise only reads (Atlas.open); "
                 "choose another --out"
             )
-        processes = processes_for(model) if earlier is None or earlier.threads == 1 else 1
+        processes = _processes(model, probes, earlier)
         threads = torch.get_num_threads() if processes == 1 else 1
         with _threads(earlier.threads if earlier is not None else threads):
-            planned = plan(model, settings, probes, methods, earlier, watcher.planning, processes=processes)
+            planned = plan(model, settings, probes, methods, earlier, watcher.planning)
+            left = [cell for cell in planned.cells if not store.has(cell)]
+            planned = replace(planned, processes=min(processes, max(map(len, stages(left)), default=1)))
             if planned.manifest != earlier:
                 store.write_manifest(planned.manifest)
             _run(Measuring(model, planned, store), watcher)
         atlas = Atlas(store, planned.manifest)
         write_tables(atlas, store)
     return atlas
+
+
+def _processes(model: AttachedModel, probes: Sequence[Asked] | None, earlier: Manifest | None) -> int:
+    """How many processes: one where there are fewer behaviours than these to part, which threads then share.
+
+    An atlas that was begun with one thread goes on so, in as many processes as there is work for.
+    """
+    most = processes_for(model)
+    if earlier is not None:
+        return most if earlier.threads == 1 else 1
+    return most if probes is None or len(probes) >= min(most, FEW) else 1
 
 
 def _run(measuring: Measuring, watcher: Watching) -> None:

@@ -60,11 +60,6 @@ class ItemSet:
         return tuple(each.id for each in self.items)
 
     @property
-    def digests(self) -> tuple[str, ...]:
-        """Of what each item says (see `Item.digest`)."""
-        return tuple(each.item.digest for each in self.items)
-
-    @property
     def n_dropped(self) -> int:
         return sum(self.dropped.values())
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Self
 
+import numpy as np
+
 from headwise.errors import InputError
 from headwise.probes.picture import PICTURE_MARK, Picture, Region, Regions
 
@@ -136,9 +138,11 @@ def _told(value: Any) -> Any:
     """What JSON has no word for."""
     if isinstance(value, Picture):
         return value.digest
+    if isinstance(value, np.generic):
+        return value.item()
     if is_dataclass(value):
         return {each.name: getattr(value, each.name) for each in fields(value)}
-    return dict(value)
+    return dict(value) if isinstance(value, Mapping) else str(value)
 
 
 def _check_pictures(prompt: str | tuple[Message, ...], pictures: tuple[Picture, ...], regions: Regions) -> None:

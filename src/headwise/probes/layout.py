@@ -346,7 +346,7 @@ def _tried(processor: Any) -> PictureReader:
         if token is None or not ids.count(token) or two["input_ids"][0].tolist().count(token) != 2 * ids.count(token):
             trouble = f"{name} adds no tokens for a picture where {mark!r} stands"
             continue
-        _refuse_along_tokens(name, one, trial._processed(f"{mark} a longer text than before", [sample]))
+        _refuse_along_tokens(name, one, trial, sample)
         by_row = frozenset(
             key
             for key, value in two.items()
@@ -357,8 +357,15 @@ def _tried(processor: Any) -> PictureReader:
     raise Refusal(f"pictures cannot be written into a prompt: {trouble}; check the processor's image token")
 
 
-def _refuse_along_tokens(name: str, short: Mapping[str, Any], long: Mapping[str, Any]) -> None:
+def _refuse_along_tokens(name: str, short: Mapping[str, Any], trial: PictureReader, sample: Any) -> None:
     """Raises Refusal for inputs beside the text that are as long as it: a batch would have to pad them with it."""
+    special = {*trial.tokenizer.all_special_ids, *trial.tokenizer.get_added_vocab().values()}
+    word = next(text for text, id in trial.tokenizer.get_vocab().items() if id not in special)
+    words = trial.tokenizer.convert_tokens_to_string([word] * 5)
+    try:
+        long = trial._processed(trial.mark + words, [sample])
+    except InputError:
+        return  # it does not take this text, so nothing is seen by it
     for key, value in short.items():
         if key not in _TEXT_INPUTS and isinstance(value, Tensor) and value.shape != long[key].shape:
             raise Refusal(

@@ -205,6 +205,32 @@ def test_a_step_that_is_only_multiplied_is_as_one_that_is_also_read(llava: Attac
     assert not torch.allclose(written()[1:], short[1:], atol=1e-3)
 
 
+def test_a_draft_by_the_model_s_first_layers_changes_nothing() -> None:
+    """They decode before the model reads the prompt; greedily, what is written is as without a draft."""
+    organism = zoo.build("tiny-llama")
+    with hw.attach(organism.model, organism.tokenizer, example=organism.example) as llama:
+        llama.model.generation_config.assistant_confidence_threshold = 0.0
+        llama.model.generation_config.num_assistant_tokens = 4
+        ids = torch.arange(5, 15)[None]
+        decided = hw.edit.decided(lambda last, lacking, here: 3.0 * number(*last.shape[:2]), without="doc")
+
+        def written(**options: Any) -> Tensor:
+            found = llama.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=8,
+                min_new_tokens=8,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+                **options,
+            )
+            return torch.stack(found.logits)
+
+        with llama.editing(hw.edit.scale("L0H1, L0H2", decided, scope="last"), spans={"doc": [2, 3, 4]}):
+            torch.testing.assert_close(written(assistant_early_exit=1), written(), atol=1e-4, rtol=1e-4)
+
+
 def test_it_goes_with_beams_and_with_a_second_stream(llava: AttachedModel) -> None:
     alone = Noting()
     with torch.no_grad(), llava.editing(scaled(llava, alone)):

@@ -27,6 +27,7 @@ from headwise.model.running.run import Run, parameter_names, picture_token
 if TYPE_CHECKING:
     from headwise.model.running.runner import Runner
     from headwise.model.running.valuework import Stage
+    from headwise.model.site import Site
 
 
 def run_lacking(runner: Runner, run: Run, arguments: Mapping[str, Any]) -> None:
@@ -127,6 +128,15 @@ def settled_factors(operations: Operations, z: Float[Tensor, "batch position hea
         return None
     plain = stage.stream is None and not stage.site.chunked and stage.site.route == "registry"
     return kept_factors(listed[0], z, stage) if plain and stage.run.plan.denoising is None else None
+
+
+def factors_now(run: Run, site: Site, query: Float[Tensor, "batch head query dim"], chunk: int) -> Tensor | None:
+    """The factors of a site that is settled, in a step behind the prompt; a run may show it again (a draft decodes in
+    the same modules before the model reads the prompt)."""
+    factors, frame = run.settled.get(site.id), run.frames.get(site.tower)
+    if factors is None or frame is None or chunk or frame.past < max(frame.prompt, 1):
+        return None
+    return factors if (len(factors), frame.length) == (len(query), query.shape[2]) else None
 
 
 def _here(placed: Placed, stage: Stage) -> Here:

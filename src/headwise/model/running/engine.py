@@ -25,7 +25,7 @@ from headwise.model.finding.sublayers import Block, first_tensor, with_first_ten
 from headwise.model.finding.token_spans import lengths_given
 from headwise.model.running import rowwork, valuework
 from headwise.model.running.compiled import leave_graph
-from headwise.model.running.decided import settled_factors
+from headwise.model.running.decided import factors_now, settled_factors
 from headwise.model.running.in_place import require_in_place
 from headwise.model.running.lowering import through
 from headwise.model.running.plan import AT_PROJECTION, FINAL, Operations, Placed, Plan
@@ -85,7 +85,7 @@ class Engine:
         operations = self.plan.sites.get(site.id)
         if operations is None:
             return base(module, query, key, value, attention_mask, *args, **options)  # type: ignore[no-any-return]
-        if (factors := run.settled.get(site.id)) is not None and len(factors) == len(query):
+        if run.settled and (factors := factors_now(run, site, query, chunk)) is not None:
             z, *rest = base(module, query, key, value, attention_mask, *args, **options)
             run.shapes[site.id] = (len(query), query.shape[2])
             operations.edits["z"][0].met(len(query) * query.shape[2])

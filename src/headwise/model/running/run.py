@@ -76,7 +76,8 @@ class Run:
         lengths: of joint attention, how many tokens of each kind its latest call was given.
         calls: by tower, how often each of its modules attended in the tower's current pass.
         replays: the same for a recomputed forward (gradient checkpointing), which overwrites what the first one left.
-        pictures: the columns of `image`, where the tokens of the run hold pictures.
+        pictures: the columns of `image`, where the tokens of the run hold pictures; `shown`: how many columns were
+            looked through for them.
     """
 
     plan: Plan
@@ -103,6 +104,7 @@ class Run:
     settled: dict[SiteId, Tensor] = field(default_factory=dict)
     replays: dict[int, int] = field(default_factory=dict)
     pictures: dict[str, list[list[int]]] = field(default_factory=dict)
+    shown: int = 0
 
     @property
     def spans(self) -> dict[str, SpanRows]:
@@ -134,8 +136,9 @@ class Run:
         if token is None or not isinstance(ids, Tensor) or ids.dim() != 2:
             return
         past = cached_length(arguments.get("past_key_values"))
-        if past and not (self.generating and past < (self.prompt or 0)):
-            return
+        if past and not (self.generating and past == self.shown < (self.prompt or 0)):
+            return  # a step, or behind columns that this run did not see
+        self.shown = past + ids.shape[1]
         rows = ids[: len(ids) // self.streams]
         items = self.items(len(rows))
         seen = (rows[:: len(rows) // items] if items else rows) == token
@@ -223,7 +226,8 @@ class Run:
         past = cached_length(cache)
         total = past + length
         caches = "past_key_values" in arguments or cache is not None
-        around = tuple(opening.arguments for opening in reversed(self.open))
+        # Of the arguments nothing but masks, or a frame would keep all of them alive.
+        masks = _masks(arguments, [opening.arguments for opening in reversed(self.open)])
         if self.prompt is not None and caches:
             prompt = self.prompt
         elif past == 0:
@@ -235,7 +239,7 @@ class Run:
             length=length,
             batch=batch,
             device=sequence.device,
-            attended=partial(self._attended, (arguments, *around), int(sequence.shape[0]), batch, total, caches),
+            attended=partial(self._attended, masks, int(sequence.shape[0]), batch, total, caches),
             prompt=prompt,
             # A text given whole, with the place where its prompt ends, is edited as if it were being generated.
             generating=self.generating or past > 0 or prompt < total,
@@ -248,17 +252,9 @@ class Run:
         """Rows before beams were expanded, if a batch of this many rows comes from such."""
         return self.rows if self.rows and batch % self.rows == 0 else None
 
-    def _attended(
-        self, given_to: Sequence[Mapping[str, Any]], rows: int, batch: int, total: int, caches: bool
-    ) -> Tensor | None:
-        """From the arguments of a tower and of those around it, innermost first; `rows` are of all streams."""
-        decodes = isinstance(given_to[0].get("encoder_hidden_states"), Tensor)
-        for candidate in given_to:
-            # Around a decoder stands a model whose `attention_mask` is the encoder's.
-            outer = decodes and "decoder_attention_mask" in candidate
-            mask = candidate.get("decoder_attention_mask" if outer else "attention_mask")
-            if isinstance(mask, Mapping):
-                mask = mask.get("full_attention")
+    def _attended(self, masks: Sequence[Any], rows: int, batch: int, total: int, caches: bool) -> Tensor | None:
+        """From the first mask that fits; `rows` are of all streams."""
+        for mask in masks:
             found = attended_columns(mask, rows, total)
             if found is not None:
                 return found[:batch]
@@ -279,6 +275,18 @@ class Run:
         return Frame(
             0, length, batch, states.device, attended, prompt=length, spans=self.plan.spans, items=self.items(batch)
         )
+
+
+def _masks(arguments: Mapping[str, Any], around: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The attention masks that a tower and those around it were given, innermost first."""
+    decodes = isinstance(arguments.get("encoder_hidden_states"), Tensor)
+    masks = []
+    for given in (arguments, *around):
+        # Around a decoder stands a model whose `attention_mask` is the encoder's.
+        outer = decodes and "decoder_attention_mask" in given
+        mask = given.get("decoder_attention_mask" if outer else "attention_mask")
+        masks.append(mask.get("full_attention") if isinstance(mask, Mapping) else mask)
+    return masks
 
 
 def picture_token(model: nn.Module) -> int | None:
