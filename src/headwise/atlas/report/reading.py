@@ -12,6 +12,7 @@ from scipy import stats
 
 from headwise.atlas.report.command import beyond_command, command_of
 from headwise.atlas.report.matrix import matrix_of
+from headwise.atlas.report.numerals import counted
 from headwise.atlas.report.view import (
     NAN,
     Behaviour,
@@ -307,12 +308,12 @@ def _asked(manifest: Manifest) -> tuple[Shown, ...]:
 
 def _origin(manifest: Manifest) -> tuple[Shown, ...]:
     model, settings = manifest.model, manifest.settings
-    beyond = beyond_command(manifest)
+    beyond, threads = beyond_command(manifest), counted(manifest.threads, "thread")
     lines = [
         *([Shown("Beyond the command", beyond)] if beyond else []),
         Shown("Weights", model.weights_hash),
         Shown("Revision", model.revision or "none"),
-        Shown("Run in", f"{model.dtype} on {model.device}, kernel {model.kernel}, {manifest.threads} threads"),
+        Shown("Run in", f"{model.dtype} on {model.device}, kernel {model.kernel}, {threads}"),
         Shown("Forwards", f"up to {manifest.batch_tokens:,} tokens; items up to {settings.max_tokens} tokens"),
         Shown("Control sets", f"{settings.controls} for each set of heads"),
         Shown("Off-target", _off_target(manifest)),
