@@ -263,7 +263,9 @@ def test_bfloat16_is_the_same_model_rounded(name: str) -> None:
     for key, value in rounded.model.named_buffers():
         if key.endswith("inv_freq"):
             assert value.dtype == torch.float32, key
-    expected, output = main_output(exact), main_output(rounded)
+    # Not by oneDNN: its grouped convolution in bf16 is plainly wrong on processors with AMX (torch 2.13).
+    with torch.backends.mkldnn.flags(enabled=False):
+        expected, output = main_output(exact), main_output(rounded)
     assert output.dtype == torch.bfloat16
     # An indexer picks other keys, and a router other experts, where scores are close; then the output jumps.
     limit = 0.3 if ALL[name].tags & {"indexer", "moe"} else 0.06
