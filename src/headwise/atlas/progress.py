@@ -14,6 +14,7 @@ from rich.status import Status
 
 from headwise.atlas.cell import Cell
 from headwise.atlas.planning import Plan
+from headwise.atlas.report.numerals import counted
 
 EVERY = 30.0
 """Seconds between two lines where there is no terminal to draw a bar on."""
@@ -109,7 +110,7 @@ def announcement(plan: Plan, left: Sequence[Cell]) -> list[str]:
     methods = ", ".join(each.id for each in manifest.methods) or "none"
     lines = [
         f"{model.name}: {len(model.heads)} heads, {model.parameters / 1e6:.1f} million weights, {model.dtype}, "
-        f"{_several(plan.processes, 'process')} of {_several(manifest.threads, 'thread')}",
+        f"{counted(plan.processes, 'process', 'processes')} of {counted(manifest.threads, 'thread')}",
         f"behaviours: {behaviours}; off target: {manifest.off_target or 'none'}",
         f"methods: {methods}",
         f"{settings.items} items per probe, half to find heads and half to test them; knock-outs by {settings.mode} at "
@@ -127,10 +128,6 @@ def announcement(plan: Plan, left: Sequence[Cell]) -> list[str]:
     else:
         lines.append(f"all {len(plan.cells)} cells are there already")
     return lines
-
-
-def _several(count: int, word: str) -> str:
-    return f"{count} {word}" if count == 1 else f"{count} {word}{'es' if word.endswith('s') else 's'}"
 
 
 def duration(seconds: float) -> str:
