@@ -323,7 +323,7 @@ def test_no_held_out_item_is_ever_drawn(tmp_path: Path, small) -> None:
         assert not any(held_out(_unseen(course, of, random)) for _ in range(60))
 
 
-@pytest.mark.parametrize("shape", [{}, {"kv_heads": 0, "layers": 2, "width": 64}], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("shape", [{}, {"kv_heads": 0, "layers": 2, "heads": 4, "width": 64}], ids=["llama", "gpt2"])
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, small, shape: dict[str, int]) -> None:
     from train import PROGRESS
 
@@ -383,18 +383,19 @@ def test_the_tokenizer_in_the_package_is_the_one_that_training_builds() -> None:
 
 
 def test_the_gpt2_shape_begins_with_heads_that_find_by_content(small, tmp_path: Path) -> None:
-    from beginning import WAVES, positions
+    from beginning import PLACES, WAVES, positions
 
     turns = positions(50, torch.pi / 2 ** torch.arange(4))
     products = turns @ turns.T
     assert torch.allclose(products[5:, :-5].diagonal(), products[5, 0], atol=1e-4)  # hangs on the distance alone
-    trainer = small(tmp_path, kv_heads=0, heads=2, width=64, layers=2)
+    trainer = small(tmp_path, kv_heads=0, heads=6, width=192, layers=2)
     model = trainer.model.eval()
     ids = torch.arange(40, 52)[None].repeat(1, 2)[:, :20]  # the last word stood at column 7, and 8 comes behind it
-    reads = hw.read.rows("L0H0, L1H0"), hw.read.write("L1H0")
+    reads = hw.read.rows("L0, L1H0"), hw.read.write("L1H0")
     with hw.attach(model, trainer.tokenizer) as attached, attached.reading(*reads) as got, torch.no_grad():
         attached(input_ids=ids)
-    assert torch.equal(got.rows["L0H0"][0, 1:].argmax(-1), torch.arange(19))
+    for back in range(1, PLACES + 1):
+        assert torch.equal(got.rows[f"L0H{back - 1}"][0, back:].argmax(-1), torch.arange(20 - back))
     assert int(got.rows["L1H0"][0, -1].argmax()) == 8
     written = model.transformer.wte.weight[40:52] @ got.write["L1H0"][0, -1]
     assert int(written.argmax()) == 8

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from headwise import freed_memory
 from headwise.atlas.asking import Asked
 from headwise.atlas.cell import Cell
 from headwise.atlas.manifest import FORMAT_VERSION, Manifest, Settings
@@ -26,6 +27,7 @@ from headwise.errors import InputError
 from headwise.find.method import Method
 from headwise.model.attached import AttachedModel
 from headwise.sweep import Mode
+from headwise.sweep.clean_runs import remembered
 
 FEW = 4
 """Behaviours that are enough for any number of processes: fewer leave most of many cores without work."""
@@ -45,6 +47,8 @@ class Watching(Protocol):
     def finished(self, cell: Cell, refused: str) -> None: ...
 
 
+@freed_memory.kept()
+@remembered()
 def atlas(
     model: AttachedModel,
     out: str | Path,

@@ -35,11 +35,10 @@ from torch.nn.functional import normalize
 from headwise.errors import InputError
 from headwise.find.method import Method, Scored, scored_sites
 from headwise.find.patterns import require_whole
-from headwise.find.search import BATCH, over_batches
+from headwise.find.search import BATCH
 from headwise.heads import SiteId
 from headwise.model import read
 from headwise.model.attached import AttachedModel
-from headwise.probes.batch import Batch
 from headwise.probes.encoding import ItemSet
 from headwise.probes.outcome import observe, places
 
@@ -146,8 +145,8 @@ def _features(
     """In the mean over the image tokens: the residual stream before the first block, and z of every head."""
     sites = scored_sites(model)
     given: list[Tensor] = []
-
-    def of_batch(batch: Batch) -> dict[SiteId, Tensor]:
+    of_heads: dict[SiteId, list[Tensor]] = {site: [] for site in sites}
+    for batch in items.batches(BATCH, answers=False):
         columns = places(model, batch).spans["image"]
         image = torch.zeros(len(columns), batch.prompt_length, dtype=torch.float64)
         for row, listed in enumerate(columns):
@@ -159,10 +158,9 @@ def _features(
         with torch.no_grad(), model.reading(*reads) as got:
             observe(model, replace(batch, answers=batch.answers[:, :0]), wants={"logits"})
         given.extend(got.given["L0"])
-        return {site: got.z[site.label][0] for site in sites}
-
-    of_heads = over_batches(items, of_batch, size=BATCH, answers=False)
-    return torch.cat(given), of_heads
+        for site in sites:
+            of_heads[site].extend(got.z[site.label])
+    return torch.cat(given), {site: torch.cat(parts) for site, parts in of_heads.items()}
 
 
 def _mean_over(weights: Float[Tensor, "item column"], values: Float[Tensor, "item column *dim"]) -> Tensor:

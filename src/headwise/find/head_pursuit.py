@@ -39,7 +39,6 @@ from torch import Tensor
 from headwise.errors import InputError, Refusal
 from headwise.find.method import Method, Scored, scored_sites
 from headwise.find.patterns import require_choice
-from headwise.find.search import over_batches
 from headwise.heads import SiteId
 from headwise.model import read
 from headwise.model.attached import AttachedModel
@@ -183,21 +182,19 @@ def _writes(
             f"no answer of {items.probe} has a token of the concept, so nothing comes before one; use at='last'"
         )
 
-    def of_batch(batch: Batch) -> Scored:
+    written: dict[SiteId, list[Tensor]] = {id: [] for id in sites}
+    for batch in items.batches():
         with torch.no_grad(), model.reading(read.z([id.label for id in sites], reduce=_last)) as got:
             observe(model, batch, wants={"logits"})
-        written = {}
         chosen = _chosen(batch, at, concept)
-        for id in sites:
+        for id, parts in written.items():
             site = model.table.site(id)
             assert site.projection is not None
             (z,) = got.z[id.label]
             weights = head_weights(model.model.get_submodule(site.projection), site).detach()
             columns = z[:, -max(batch.answers.shape[1], 1) :].to(weights)
-            written[id] = torch.einsum("ihk,hkd->ihd", columns[chosen.to(columns.device)], weights).double()
-        return written
-
-    return over_batches(items, of_batch)
+            parts.append(torch.einsum("ihk,hkd->ihd", columns[chosen.to(columns.device)], weights).double().cpu())
+    return {id: torch.cat(parts) for id, parts in written.items()}
 
 
 def _chosen(batch: Batch, at: At, concept: Sequence[int]) -> Bool[Tensor, "item token"]:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headwise import catalogue
+from headwise import catalogue, freed_memory
 from headwise.errors import InputError, Refusal
 from headwise.find.method import LibraryMethod, Method, Scored
 from headwise.heads import SiteId
@@ -42,6 +42,7 @@ def method(id: str | Method) -> Method:
     return found
 
 
+@freed_memory.kept()
 def find(
     name: str | Method,
     model: AttachedModel,
@@ -127,12 +128,17 @@ def over_batches(
     size: int = BATCH,
     answers: bool = True,
 ) -> dict[SiteId, Float[Tensor, "item head"]]:
-    """`score` on every batch of the items, joined along the items."""
+    """`score`, which gives a row per item, on batches of items of like length; joined in the items' order."""
+    order = sorted(range(len(items)), key=lambda place: len(items.items[place].prompt))
     parts: dict[SiteId, list[Tensor]] = {}
-    for batch in items.batches(size, answers=answers):
+    for start in range(0, len(items), size):
+        batch = items.batch([items.items[place] for place in order[start : start + size]], answers=answers)
         for site, values in score(batch).items():
             parts.setdefault(site, []).append(values.detach().cpu())
-    return {site: torch.cat(values) for site, values in parts.items()}
+    joined = {site: torch.cat(values) for site, values in parts.items()}
+    assert all(len(values) == len(items) for values in joined.values())
+    back = torch.tensor(order).argsort()
+    return {site: values[back] for site, values in joined.items()}
 
 
 def _padded(values: Float[Tensor, "item head"], width: int) -> Float[Tensor, "item width"]:

@@ -14,12 +14,14 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headwise import freed_memory
 from headwise.errors import InputError, Refusal
 from headwise.heads import HeadSet, SiteId
 from headwise.metrics import Metric, metric
@@ -32,9 +34,12 @@ from headwise.probes.batch import Batch
 from headwise.probes.encoded import EncodedItem
 from headwise.probes.encoding import ItemSet
 from headwise.probes.outcome import Outcome, Past, observe, places, refuse_spans_in_the_decoder, refuse_two_sided
+from headwise.sweep.clean_runs import CleanRun, clean_run, remembering
 from headwise.sweep.knockout import KnockOut, Patch, TwinZ, edits_of
 from headwise.sweep.memory import budget_of, out_of_memory
 
+FORWARD = 100
+"""What a forward costs beside its tokens, in tokens; of a small model, where it matters most."""
 WHOLE = Course((), reason="whole runs were asked for")
 
 _SAID: WeakKeyDictionary[AttachedModel, set[str]] = WeakKeyDictionary()
@@ -73,6 +78,7 @@ def measure_sets(
     return values
 
 
+@freed_memory.kept()
 def measure_at(
     model: AttachedModel,
     items: ItemSet,
@@ -102,7 +108,7 @@ def measure_at(
     course = _course(model, chosen, checked, knock_out.scope)
     values = torch.full((len(sets), len(items)), torch.nan, dtype=torch.float64)
     positions = 0
-    for of_items, batch_items in chunks_of(items, budget):
+    for of_items, batch_items in chunks_of(items, budget, sum(map(bool, checked))):
         chunk = _Chunk(model, items, batch_items, knock_out, chosen, course, budget)
         found, met = chunk.measured(checked)
         values[:, of_items] = found
@@ -153,27 +159,33 @@ def first_block(course: Course, heads: HeadSet) -> int:
     return min(course.place[site] for site in heads.sites)
 
 
-def chunks_of(items: ItemSet, budget: int) -> Iterator[tuple[list[int], tuple[EncodedItem, ...]]]:
-    """Items of like length together, as many as one forward takes; with their places in the set."""
+def chunks_of(items: ItemSet, budget: int, sets: int = 0) -> Iterator[tuple[list[int], tuple[EncodedItem, ...]]]:
+    """Items of like length together, as many as one forward takes; with their places in the set.
+
+    Each chunk is run once as it is and for `sets` sets of heads, which fill up its forwards; the more sets, the less
+    its rows are padded. Of all ways to cut the items, ordered by length, it is the one that costs least.
+    """
     order = sorted(range(len(items)), key=lambda i: (len(items.items[i].prompt), i))
-    chunk: list[int] = []
-    for place in order:
-        width = max(len(items.items[i].prompt) + len(items.items[i].answer) for i in [*chunk, place])
-        if chunk and (len(chunk) + 1) * width > budget:
-            yield chunk, tuple(items.items[i] for i in chunk)
-            chunk = []
-        chunk.append(place)
-    yield chunk, tuple(items.items[i] for i in chunk)
-
-
-@dataclass(frozen=True)
-class _Before:
-    """What was run before the sets: the items as they are, what that left, and their twins."""
-
-    clean: Outcome | None
-    kept: Kept | None
-    past: Past | None
-    twins: dict[SiteId, TwinZ] | None
+    widths = [len(items.items[i].prompt) + len(items.items[i].answer) for i in order]
+    least: list[tuple[int, int]] = [(0, 0)]
+    """Of the first items: what they cost, and where their last chunk begins."""
+    for end in range(1, len(order) + 1):
+        best, widest = None, 0
+        for begin in reversed(range(end)):
+            widest = max(widest, widths[begin])
+            tokens = (end - begin) * widest
+            if best is not None and tokens > budget:
+                break
+            forwards = 1 + -(-sets // max(1, budget // tokens))
+            cost = least[begin][0] + FORWARD * forwards + tokens * (1 + sets)
+            best = min(best or (cost, begin), (cost, begin))
+        assert best is not None
+        least.append(best)
+    cuts = [len(order)]
+    while cuts[-1]:
+        cuts.append(least[cuts[-1]][1])
+    for begin, end in pairwise(reversed(cuts)):
+        yield order[begin:end], tuple(items.items[i] for i in order[begin:end])
 
 
 @dataclass(frozen=True)
@@ -210,21 +222,21 @@ class _Chunk:
         if "logits" in self.metric.needs:
             refuse_two_sided(self.model, single)
         values = torch.full((len(sets), len(self.items)), torch.nan, dtype=torch.float64)
-        clean, kept, past = self._clean(single, sets)
+        run = self._clean(single, sets)
         twins = self._of_twins(sets) if isinstance(self.knock_out, Patch) else None
-        if clean is not None:
-            values[[place for place, heads in enumerate(sets) if not heads]] = self._values(clean, clean)
+        if run.outcome is not None:
+            values[[place for place, heads in enumerate(sets) if not heads]] = self._values(run.outcome, run.outcome)
         positions = 0
         width = single.input_ids.shape[1]
         # A layer's keys of columns in the cache are there once per set while it runs, at a part of a column's cost.
-        wide = width if past is None else max(width - past.column, -(-width // 4))
+        wide = width if run.past is None else max(width - run.past.column, -(-width // 4))
         drawn = isinstance(self.knock_out, KnockOut) and self.knock_out.mode == "resample"
         together = 1 if drawn else max(1, self.budget // (len(self.items) * wide))
-        waiting = list(_parts(sets, self.course, together, empty=clean is None))
+        waiting = list(_parts(sets, self.course, together, empty=run.outcome is None))
         while waiting:
             part = waiting.pop(0)
             try:
-                found, met = self._under([sets[place] for place in part], _Before(clean, kept, past, twins))
+                found, met = self._under([sets[place] for place in part], run, twins)
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not out_of_memory(error) or len(part) == 1:
                     raise
@@ -236,13 +248,18 @@ class _Chunk:
             positions += met
         return values, positions
 
-    def _clean(self, single: Batch, sets: Sequence[HeadSet]) -> tuple[Outcome | None, Kept | None, Past | None]:
+    def _clean(self, single: Batch, sets: Sequence[HeadSet]) -> CleanRun:
         """The run without knock-outs, where it is needed or later runs begin in it, and what it left for these."""
+        wants = self.metric.wants
         if not self.course.blocks:
-            needed = "clean" in self.metric.needs
-            return (observe(self.model, single, wants=self.metric.wants) if needed else None), None, None
-        sites = tuple(dict.fromkeys(site for heads in sets for site in heads.sites))
+            return CleanRun(observe(self.model, single, wants=wants)) if "clean" in self.metric.needs else CleanRun()
         column = self._first_column(single)
+        union = {site for heads in sets for site in heads.sites}
+        sites = tuple(self.course.answered) if remembering() else tuple(union)
+        of = (self.model, self.course.blocks, wants, column, self.of.pad, self.of.suffix)
+        return clean_run(self.items, of, lambda: self._run_clean(single, sites, column))
+
+    def _run_clean(self, single: Batch, sites: tuple[SiteId, ...], column: int) -> CleanRun:
         with keeping(self.model, self.course, sites) as kept:
             clean = observe(self.model, single, wants=self.metric.wants, cached=column > 0)
         self._require_numbers(clean)
@@ -250,12 +267,12 @@ class _Chunk:
             _say_once(
                 self.model, "knock-outs take whole forwards, because its last block does not run as it was measured"
             )
-            return clean, None, None
+            return CleanRun(clean)
         past = Past(clean.cache, column) if column and can_be_shared(clean.cache) else None
         if past is not None and not self._same_behind(past, clean):
             past = None
             _say_once(self.model, "knock-outs run all columns, because a run behind a cache gives other logits")
-        return clean, kept, past
+        return CleanRun(clean, kept, past)
 
     def _of_twins(self, sets: Sequence[HeadSet]) -> dict[SiteId, TwinZ]:
         """z of all heads in question where the twins stand in place of the prompts; their answers are the items'."""
@@ -310,13 +327,15 @@ class _Chunk:
         seen = clean.predicting
         return same_logits(again.logits[seen], clean.logits[seen], self.model.dtype)
 
-    def _under(self, sets: Sequence[HeadSet], before: _Before) -> tuple[Float[Tensor, "set item"], int]:
+    def _under(
+        self, sets: Sequence[HeadSet], run: CleanRun, twins: dict[SiteId, TwinZ] | None
+    ) -> tuple[Float[Tensor, "set item"], int]:
         """The metric under sets whose first block is the same, in one run, and at how many positions it edited."""
         rows = len(self.items)
         batch = self.of.batch(self.items * len(sets))
-        edits = edits_of(self.knock_out, sets, rows, self.model.device, before.twins)
+        edits = edits_of(self.knock_out, sets, rows, self.model.device, twins)
         refuse_spans_in_the_decoder(self.model, edits)
-        kept, past = before.kept, before.past
+        kept, past = run.kept, run.past
         beginning = (
             nullcontext() if kept is None else resumed(self.model, self.course, kept, self._start(sets, batch, past))
         )
@@ -326,11 +345,11 @@ class _Chunk:
             outcome = observe(self.model, batch, wants=self.metric.wants)
         else:
             at = places(self.model, batch)
-            with self.model.editing(*edits, spans=at.spans, prompt_length=at.prompt_length) as run, beginning:
+            with self.model.editing(*edits, spans=at.spans, prompt_length=at.prompt_length) as edited, beginning:
                 outcome = observe(self.model, batch, wants=self.metric.wants, past=begun)
             # Of several runs it is known of the last alone what fired.
-            met = 1 if len(self.metric.wants) > 1 else sum(each.positions for each in run.fired)
-        return self._values(outcome, before.clean, len(sets)), met
+            met = 1 if len(self.metric.wants) > 1 else sum(each.positions for each in edited.fired)
+        return self._values(outcome, run.outcome, len(sets)), met
 
     def _start(self, sets: Sequence[HeadSet], batch: Batch, past: Past | None) -> Start:
         block = first_block(self.course, sets[0]) if sets[0] else 0

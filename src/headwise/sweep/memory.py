@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeVar, cast
 
 import torch
 
+from headwise import freed_memory
 from headwise.errors import InputError, Refusal
 from headwise.model.attached import AttachedModel
 from headwise.probes.encoding import ItemSet
@@ -64,7 +65,8 @@ def halving(run: Callable[P, R]) -> Callable[P, R]:
     def halved(*args: P.args, **kwargs: P.kwargs) -> R:
         while True:
             try:
-                return run(*args, **kwargs)
+                with freed_memory.kept():
+                    return run(*args, **kwargs)
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not out_of_memory(error):
                     raise

@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
+from headwise import freed_memory
 from headwise.errors import HeadwiseError, InputError, Refusal
 from headwise.find.search import find
 from headwise.heads import Head, HeadSet
@@ -29,6 +30,7 @@ from headwise.model.attached import AttachedModel
 from headwise.probes import ItemSet
 from headwise.scores import HeadScores
 from headwise.sweep import KnockOut, measure_sets
+from headwise.sweep.clean_runs import remembered
 from headwise.sweep.measuring import measure_at, nothing_in_scope
 from headwise.verify.chance import chance_of
 from headwise.verify.elimination import Standing, top_k
@@ -148,6 +150,8 @@ class Race:
         return HeadSet(tuple(each.head for each in self.heads if each.decision == decision))
 
 
+@freed_memory.kept()
+@remembered()
 def race(
     model: AttachedModel,
     items: ItemSet,

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from headwise import freed_memory
 from headwise.errors import InputError, Refusal
 from headwise.heads import HeadSet
 from headwise.metrics import Metric
@@ -22,6 +23,7 @@ from headwise.probes import Item, ItemSet, Probe, encode, read_items
 from headwise.probes import probe as probe_named
 from headwise.scores import HeadScores, ScoredHead
 from headwise.sweep import KnockOut, Mode, measure_sets
+from headwise.sweep.clean_runs import remembered
 from headwise.sweep.knockout import reference_of
 from headwise.verify.evidence import Joint
 from headwise.verify.gathering import N_CONTROLS, Ground, every_head, ground, joint_of, map_of
@@ -39,6 +41,8 @@ OFF_TARGET_CONTROLS = 20
 Finding = ItemSet | HeadScores | Iterable[str]
 
 
+@freed_memory.kept()
+@remembered()
 def verify(
     model: AttachedModel,
     heads: Any,
