@@ -28,28 +28,58 @@ outside = faults()
 with kept():
     faults()
     inside = faults()
-print(outside, inside)
+    held = [torch.zeros(5_000_000) for _ in range(20)]
+    last = torch.zeros(1000)  # what is freed lies below it
+    del held
+pages = int(open("/proc/self/statm").read().split()[1])
+with kept():
+    held = [torch.zeros(5_000_000) for _ in range(20)]
+    more = int(open("/proc/self/statm").read().split()[1])
+print(outside, inside, pages, more)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere nothing is done")
 def test_pages_are_not_faulted_in_again() -> None:
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
-    outside, inside = map(int, done.stdout.split())
+    outside, inside, behind, filled = map(int, done.stdout.split())
     assert inside < 500 < outside / 10
+    assert filled - behind > 90_000, "400 MB had been given back"
 
 
 def test_blocks_within_and_side_by_side_end_with_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_: list[tuple[int, int]] = []
-    monkeypatch.setattr(freed_memory, "_mallopt", lambda: lambda what, to: set_.append((what, to)))
+    glibc = Glibc()
+    monkeypatch.setattr(freed_memory, "_glibc", lambda: glibc)
     first, second = freed_memory.kept(), freed_memory.kept()
     first.__enter__()
     with freed_memory.kept():
         second.__enter__()
     first.__exit__(None, None, None)
-    assert set_ == [(freed_memory.MMAP, freed_memory.LARGEST), (freed_memory.TRIM, freed_memory.KEPT)]
+    assert glibc.told == [(freed_memory.MMAP, freed_memory.LARGEST), (freed_memory.TRIM, freed_memory.KEPT)]
     second.__exit__(None, None, None)
-    assert set_[2:] == [(freed_memory.MMAP, freed_memory.LARGEST), (freed_memory.TRIM, freed_memory.BETWEEN)]
+    assert glibc.told[2:] == [(freed_memory.MMAP, freed_memory.LARGEST), (freed_memory.TRIM, freed_memory.BETWEEN)]
+    assert not glibc.trimmed
+    glibc.fordblks = freed_memory.BETWEEN + 1
+    with freed_memory.kept():
+        pass
+    assert glibc.trimmed
+
+
+class Glibc:
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, int]] = []
+        self.fordblks, self.trimmed = 0, False
+
+    def mallopt(self, what: int, to: int) -> None:
+        self.told.append((what, to))
+
+    def mallinfo2(self) -> Glibc:
+        return self
+
+    def malloc_trim(self, but_for: int) -> None:
+        self.trimmed = True
 
 
 @pytest.mark.parametrize(
@@ -57,4 +87,4 @@ def test_blocks_within_and_side_by_side_end_with_the_last(monkeypatch: pytest.Mo
 )
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
-    assert freed_memory._mallopt.__wrapped__() is None
+    assert freed_memory._glibc.__wrapped__() is None

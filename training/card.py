@@ -47,7 +47,7 @@ def card(training: Mapping[str, Any], figures: Mapping[str, float], parameters: 
         f"Llama shape, rotary positions, {training['kv_heads']} key/value heads"
         if training["kv_heads"]
         else "GPT-2 shape, learned positions, one key/value head per head,\n"
-        "  begun with a pair of heads that finds by content (`training/beginning.py`)"
+        "  begun with heads that look back and one that finds by content (`training/beginning.py`)"
     )
     curve = training["curve"]
     step = max(1, len(curve) // CURVE_ROWS)

@@ -62,7 +62,7 @@ SHAPES = {
     "sibling-1": Shape(seed=1),
     "sibling-2": Shape(seed=2),
     "sibling-3": Shape(seed=3),
-    "sibling-gpt2": Shape(seed=4, heads=8, kv_heads=0, head_dim=32, width=256),
+    "sibling-gpt2": Shape(seed=4, heads=8, kv_heads=0, head_dim=32, width=256, tokens=16_000_000),
 }
 
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from threading import Lock
+from typing import Any
 
 TRIM, MMAP = -1, -3
 """M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h."""
@@ -41,18 +42,28 @@ def _opened(by: int) -> None:
     global _open
     with _lock:
         before, _open = _open, _open + by
-        if (setting := _mallopt()) is not None and 0 in (before, _open):
-            setting(MMAP, LARGEST)
-            setting(TRIM, KEPT if _open else BETWEEN)
+        if (glibc := _glibc()) is not None and 0 in (before, _open):
+            glibc.mallopt(MMAP, LARGEST)
+            glibc.mallopt(TRIM, KEPT if _open else BETWEEN)
+            if not _open and glibc.mallinfo2().fordblks > BETWEEN:
+                glibc.malloc_trim(BETWEEN)
+
+
+class _Info(ctypes.Structure):
+    """glibc's mallinfo2, of which `fordblks` is wanted: bytes that are free in all heaps."""
+
+    _fields_ = (("_before", ctypes.c_size_t * 8), ("fordblks", ctypes.c_size_t), ("_behind", ctypes.c_size_t))
 
 
 @cache
-def _mallopt() -> Callable[[int, int], int] | None:
-    """glibc's function; None where there is none, or where the user has set what it would."""
+def _glibc() -> Any:
+    """The library; None where there is none that can do this, or where the user has said how memory is to be kept."""
     if platform.libc_ver()[0] != "glibc" or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return None
     if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_"} & os.environ.keys():
         return None
-    mallopt = ctypes.CDLL(None).mallopt
-    mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
-    return mallopt
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallinfo2"):  # before 2.33
+        return None
+    library.mallinfo2.restype = _Info
+    return library

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import headwise as hw
 from headwise.heads import HeadSet
-from headwise.probes import ItemSet, encode, probe
-from headwise.sweep import KnockOut, clean_runs, measure_sets
+from headwise.metrics import Metric
+from headwise.probes import Item, ItemSet, encode, probe
+from headwise.probes.encoded import EncodedItem
+from headwise.probes.outcome import Outcome
+from headwise.sweep import KnockOut, clean_runs, measure_sets, reference_of
 from headwise.sweep.clean_runs import remembered
+from headwise.sweep.measuring import FORWARD, chunks_of
 from headwise.zoo.planted import planted
 
 SETS = [HeadSet(), *(HeadSet.parse(f"L{layer}H{head}") for layer in range(1, 4) for head in range(4))]
@@ -53,8 +59,8 @@ def test_what_differs_is_run_anew(model: hw.AttachedModel, items: ItemSet) -> No
     kl = measure_sets(model, items, SETS, KnockOut(), "kl-to-clean")
     last = measure_sets(model, items, SETS, KnockOut("zero", "last"))
     with remembered():
-        for given, expected in zip((items, other, items), (*alone, alone[0]), strict=True):
-            assert torch.equal(measure_sets(model, given, SETS, KnockOut()), expected)
+        for asked, expected in zip((items, other, items), (*alone, alone[0]), strict=True):
+            assert torch.equal(measure_sets(model, asked, SETS, KnockOut()), expected)
         assert torch.equal(measure_sets(model, items, SETS, KnockOut(), "kl-to-clean"), kl)
         assert torch.equal(measure_sets(model, items, SETS, KnockOut("zero", "last")), last)
 
@@ -76,26 +82,75 @@ def test_the_oldest_go_first(model: hw.AttachedModel, items: ItemSet, monkeypatc
         measure_sets(model, items, SETS, KnockOut())
         size = sum(clean_runs._bytes(run) for _, run in clean_runs._found.get().values())  # type: ignore[union-attr]
         monkeypatch.setattr(clean_runs, "MOST", size * 11 // 10)  # room for these, or the others
-        for given in (other, other, items):
-            measure_sets(model, given, SETS, KnockOut())
+        for asked in (other, other, items):
+            measure_sets(model, asked, SETS, KnockOut())
         monkeypatch.setattr(clean_runs, "MOST", 0)  # room for none
         measure_sets(model, other, SETS, KnockOut())
     assert sum(seen.rows) == 4 * len(items)
 
 
-def test_items_are_cut_by_length_where_many_sets_fill_the_forwards(model: hw.AttachedModel) -> None:
-    from headwise.sweep.measuring import chunks_of
+def test_a_metric_that_writes_into_logits_spoils_nothing(model: hw.AttachedModel, items: ItemSet) -> None:
+    def halved(outcome: Outcome, clean: Outcome | None) -> torch.Tensor:
+        assert outcome.logits is not None
+        return outcome.logits.div_(2)[:, 0].amax(-1)
 
-    given = encode(probe("repeat").over(words=(4, 10)), model.tokenizer, n=12)
-    widths = [len(each.prompt) + len(each.answer) for each in given]
+    own = Metric("halved", "half of the largest logit", frozenset({"logits"}), "higher", "", halved)
+    alone = measure_sets(model, items, SETS, KnockOut(), own)
+    with remembered():
+        for _ in range(2):
+            assert torch.equal(measure_sets(model, items, SETS, KnockOut(), own), alone)
 
-    def padded(budget: int, sets: int) -> int:
-        chunks = list(chunks_of(given, budget, sets))
-        assert sorted(place for places, _ in chunks for place in places) == list(range(12))
-        assert all(items == tuple(given.items[place] for place in places) for places, items in chunks)
-        assert all(len(places) * max(widths[place] for place in places) <= budget for places, _ in chunks)
-        return sum(len(places) * max(widths[place] for place in places) for places, _ in chunks) - sum(widths)
 
-    assert len(list(chunks_of(given, 2000, 0))) == 1
-    assert padded(2000, 200) == 0 < padded(2000, 0)
-    assert padded(max(widths), 200) == 0  # one at a time
+def test_sweeps_of_many_sets_share_their_clean_runs(model: hw.AttachedModel) -> None:
+    mixed = encode(probe("repeat").over(words=(4, 10)), model.tokenizer, n=12)
+    others = [HeadSet.parse(f"L{layer}H{head}, L3H0") for layer in (1, 2) for head in range(4)] * 5
+    measure_sets(model, mixed, SETS, KnockOut())
+    seen = Forwards(model)
+    with remembered():
+        measure_sets(model, mixed, SETS, KnockOut())
+        measure_sets(model, mixed, others, KnockOut())
+    assert sum(seen.rows) == len(mixed)
+
+
+def test_what_resample_draws_does_not_hang_on_other_sets(model: hw.AttachedModel) -> None:
+    mixed = encode(probe("repeat").over(words=(4, 10)), model.tokenizer, n=12)
+    how = KnockOut("resample", reference=reference_of(model, mixed), seed=1)
+    alone = measure_sets(model, mixed, SETS[5:6], how)
+    assert torch.equal(measure_sets(model, mixed, SETS, how)[5:6], alone)
+
+
+@given(
+    widths=st.lists(st.integers(1, 60), min_size=1, max_size=40),
+    budget=st.integers(1, 400),
+    sets=st.sampled_from((0, 1, 12)),
+)
+def test_items_share_forwards_that_they_fit_into_and_cost_no_more_than_as_many_as_fit(
+    widths: list[int], budget: int, sets: int
+) -> None:
+    items = tuple(EncodedItem(Item(prompt="a", answer=" b"), (0,) * width, (), (), (), {}, None) for width in widths)
+    found = list(chunks_of(ItemSet("some", items, {}, "", 0), budget, torch.device("cpu"), sets=sets))
+    assert sorted(place for places, _ in found for place in places) == list(range(len(widths)))
+    assert all(part == tuple(items[place] for place in places) for places, part in found)
+    chunks = [[widths[place] for place in places] for places, _ in found]
+    assert all(len(chunk) == 1 or len(chunk) * max(chunk) <= budget for chunk in chunks)
+    plain: list[list[int]] = [[]]
+    for width in sorted(widths):
+        if plain[-1] and (len(plain[-1]) + 1) * width > budget:
+            plain.append([])
+        plain[-1].append(width)
+    assert _cost(chunks, budget, sets) <= _cost(plain, budget, sets)
+
+
+def _cost(chunks: list[list[int]], budget: int, sets: int) -> int:
+    tokens = [len(chunk) * max(chunk) for chunk in chunks]
+    return sum(FORWARD["cpu"] * (1 + -(-sets // max(1, budget // each))) + each * (1 + sets) for each in tokens)
+
+
+def test_items_of_one_length_go_together_where_sets_fill_the_forwards() -> None:
+    items = tuple(
+        EncodedItem(Item(prompt="a", answer=" b"), (0,) * (20 + place % 2 * 10), (), (), (), {}, None)
+        for place in range(20)
+    )
+    given = ItemSet("some", items, {}, "", 0)
+    for device, budget, sets, n in (("cpu", 1024, 0, 1), ("cpu", 1024, 12, 2), ("meta", 8192, 12, 1)):
+        assert len(list(chunks_of(given, budget, torch.device(device), sets=sets))) == n

@@ -15,7 +15,6 @@ pytestmark = pytest.mark.skipif(not ORGANISMS.is_dir(), reason="the siblings lie
 SIBLINGS = ("sibling-1", "sibling-2", "sibling-3", "sibling-gpt2")
 LACKING: dict[str, set[str]] = {
     "sibling-2": {"conflict.context.accuracy"},
-    "sibling-gpt2": {"arithmetic.accuracy", "hash.accuracy", "needle.accuracy"},
 }
 """What is below 95 percent, by sibling; the cards say how far."""
 

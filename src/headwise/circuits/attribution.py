@@ -222,7 +222,7 @@ class _Items:
 
     def chunks(self, besides: list[Place] | None = None) -> Iterator[tuple[list[int], Ends]]:
         """The items that share runs: their places in the set, and their two ends."""
-        for at, part in chunks_of(self.items, self.budget):
+        for at, part in chunks_of(self.items, self.budget, self.found.model.device):
             ends = ends_of(self.found, self.items, self.chosen, part, besides or ())
             self.clean[at], self.corrupted[at] = ends.clean.metric, ends.corrupted.metric
             yield at, ends

@@ -166,7 +166,7 @@ def pairs_of(
     """
     budget = budget_of(items, tokens, model.device)
     course = _course(model)
-    for found_at, part in chunks_of(items, budget):
+    for found_at, part in chunks_of(items, budget, model.device):
         width = max(len(each.prompt) for each in part) + max(max(len(each.answer) for each in part) - 1, 0)
         yield found_at, Pairs(model, items, part, metric, course), max(1, budget // (len(part) * width))
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headwise import catalogue, freed_memory
-from headwise.errors import InputError, Refusal
+from headwise.errors import HeadwiseError, InputError, Refusal
 from headwise.find.method import LibraryMethod, Method, Scored
 from headwise.heads import SiteId
 from headwise.model.attached import AttachedModel
@@ -136,7 +136,8 @@ def over_batches(
         for site, values in score(batch).items():
             parts.setdefault(site, []).append(values.detach().cpu())
     joined = {site: torch.cat(values) for site, values in parts.items()}
-    assert all(len(values) == len(items) for values in joined.values())
+    if any(len(values) != len(items) for values in joined.values()):
+        raise HeadwiseError(f"a score gives no row per item of {items.probe}")
     back = torch.tensor(order).argsort()
     return {site: values[back] for site, values in joined.items()}
 

@@ -63,10 +63,16 @@ def remembering() -> bool:
     return _found.get() is not None
 
 
+def forget() -> None:
+    """Give what is kept back; memory has run out."""
+    if (found := _found.get()) is not None:
+        found.clear()
+
+
 def clean_run(items: tuple[EncodedItem, ...], of: Hashable, run: Callable[[], CleanRun]) -> CleanRun:
     """`run()`, or what it gave for these very items before; `of` names the model, and all else that it hangs on.
 
-    The oldest runs go where there is no room for new ones. A run with a cache behind it, which takes more, is not kept.
+    The oldest runs go where there is no room for new ones.
     """
     found = _found.get()
     if found is None:
@@ -74,7 +80,8 @@ def clean_run(items: tuple[EncodedItem, ...], of: Hashable, run: Callable[[], Cl
     key = (*map(id, items), of)
     if key not in found:
         fresh = run()
-        if fresh.past is not None or (size := _bytes(fresh)) > MOST:
+        size = _bytes(fresh)
+        if size > MOST:
             return fresh
         while found and sum(_bytes(each) for _, each in found.values()) + size > MOST:
             del found[next(iter(found))]
@@ -85,7 +92,8 @@ def clean_run(items: tuple[EncodedItem, ...], of: Hashable, run: Callable[[], Cl
 def _bytes(run: CleanRun) -> int:
     kept = [] if run.kept is None else [*run.kept.outputs.values(), *run.kept.entering.values()]
     logits = None if run.outcome is None else run.outcome.logits
-    return sum(each.nbytes for each in _tensors([*kept, logits]))
+    storages = {each.untyped_storage().data_ptr(): each for each in _tensors([*kept, logits])}
+    return sum(each.untyped_storage().nbytes() for each in storages.values())
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -11,7 +11,8 @@ from a block or a column in the middle, its runs are whole; that is said once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from bisect import bisect
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -34,12 +35,18 @@ from headwise.probes.batch import Batch
 from headwise.probes.encoded import EncodedItem
 from headwise.probes.encoding import ItemSet
 from headwise.probes.outcome import Outcome, Past, observe, places, refuse_spans_in_the_decoder, refuse_two_sided
-from headwise.sweep.clean_runs import CleanRun, clean_run, remembering
+from headwise.sweep.clean_runs import MOST, CleanRun, clean_run, forget, remembering
 from headwise.sweep.knockout import KnockOut, Patch, TwinZ, edits_of
 from headwise.sweep.memory import budget_of, out_of_memory
 
-FORWARD = 100
-"""What a forward costs beside its tokens, in tokens; of a small model, where it matters most."""
+Placed = tuple[list[int], tuple[EncodedItem, ...]]
+"""Items, and their places in the set."""
+
+FORWARD = {"cpu": 100}
+"""What a forward costs beside its tokens, in tokens, for a small model; elsewhere as much as a full one."""
+SHARING = 12
+"""Sets that are taken to share forwards where there are as many or more: about those of one first block. One number for
+all, or the clean runs of one sweep would serve no other."""
 WHOLE = Course((), reason="whole runs were asked for")
 
 _SAID: WeakKeyDictionary[AttachedModel, set[str]] = WeakKeyDictionary()
@@ -108,7 +115,10 @@ def measure_at(
     course = _course(model, chosen, checked, knock_out.scope)
     values = torch.full((len(sets), len(items)), torch.nan, dtype=torch.float64)
     positions = 0
-    for of_items, batch_items in chunks_of(items, budget, sum(map(bool, checked))):
+    # Rows that are drawn for hang on the layout, and must not on other sets; in a scope few columns are run for a set.
+    whole = knock_out.scope in ("all", "prompt") and not _is_drawn(knock_out)
+    sharing = SHARING if whole and len(sets) >= SHARING else 0
+    for of_items, batch_items in chunks_of(items, budget, model.device, sets=sharing):
         chunk = _Chunk(model, items, batch_items, knock_out, chosen, course, budget)
         found, met = chunk.measured(checked)
         values[:, of_items] = found
@@ -147,6 +157,10 @@ def _course(model: AttachedModel, chosen: Metric, sets: Sequence[HeadSet], scope
     return course if "clean" in chosen.needs or len(edited) < len(sets) or saved > 1 else WHOLE
 
 
+def _is_drawn(knock_out: KnockOut | Patch) -> bool:
+    return isinstance(knock_out, KnockOut) and knock_out.mode == "resample"
+
+
 def _say_once(model: AttachedModel, what: str) -> None:
     said = _SAID.setdefault(model, set())
     if what not in said:
@@ -159,28 +173,35 @@ def first_block(course: Course, heads: HeadSet) -> int:
     return min(course.place[site] for site in heads.sites)
 
 
-def chunks_of(items: ItemSet, budget: int, sets: int = 0) -> Iterator[tuple[list[int], tuple[EncodedItem, ...]]]:
+def chunks_of(items: ItemSet, budget: int, device: torch.device, *, sets: int = 0) -> Iterator[Placed]:
     """Items of like length together, as many as one forward takes; with their places in the set.
 
-    Each chunk is run once as it is and for `sets` sets of heads, which fill up its forwards; the more sets, the less
-    its rows are padded. Of all ways to cut the items, ordered by length, it is the one that costs least.
+    Of all ways to cut the items, ordered by length, the one that costs least if each chunk is run once as it is, and
+    for `sets` sets of heads that fill up its forwards: the more sets, the less its rows are padded. `budget` is the
+    most tokens of a forward, but for an item that is longer.
     """
-    order = sorted(range(len(items)), key=lambda i: (len(items.items[i].prompt), i))
-    widths = [len(items.items[i].prompt) + len(items.items[i].answer) for i in order]
-    least: list[tuple[int, int]] = [(0, 0)]
-    """Of the first items: what they cost, and where their last chunk begins."""
-    for end in range(1, len(order) + 1):
-        best, widest = None, 0
-        for begin in reversed(range(end)):
-            widest = max(widest, widths[begin])
-            tokens = (end - begin) * widest
-            if best is not None and tokens > budget:
+    forward = FORWARD.get(device.type, budget)
+    lengths = [len(each.prompt) + len(each.answer) for each in items]
+    order = sorted(range(len(items)), key=lambda place: lengths[place])
+    widths = [lengths[place] for place in order]
+    ends = [end for end in range(1, len(order)) if widths[end] > widths[end - 1]] + [len(order)]
+    least: dict[int, tuple[int, int]] = {0: (0, 0)}
+    """Of the first so many items: what they cost, and where their last chunk begins."""
+    for begin in range(len(order)):
+        if begin not in least:
+            continue
+        before = begin
+        for to_here in ends[bisect(ends, begin) :]:
+            fit = begin + max(1, budget // widths[to_here - 1])
+            end = min(to_here, fit)
+            if end > before:
+                tokens = (end - begin) * widths[end - 1]
+                forwards = 1 + -(-sets // max(1, budget // tokens))
+                cost = least[begin][0] + forward * forwards + tokens * (1 + sets)
+                least[end] = min(least.get(end, (cost, begin)), (cost, begin))
+            if fit < to_here:
                 break
-            forwards = 1 + -(-sets // max(1, budget // tokens))
-            cost = least[begin][0] + FORWARD * forwards + tokens * (1 + sets)
-            best = min(best or (cost, begin), (cost, begin))
-        assert best is not None
-        least.append(best)
+            before = end
     cuts = [len(order)]
     while cuts[-1]:
         cuts.append(least[cuts[-1]][1])
@@ -207,6 +228,7 @@ class _Chunk:
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
+        forget()
         if len(self.items) == 1:
             raise Refusal(
                 f"an item of {len(self.items[0].prompt)} tokens of {self.of.probe} does not fit into memory by itself; "
@@ -225,13 +247,13 @@ class _Chunk:
         run = self._clean(single, sets)
         twins = self._of_twins(sets) if isinstance(self.knock_out, Patch) else None
         if run.outcome is not None:
-            values[[place for place, heads in enumerate(sets) if not heads]] = self._values(run.outcome, run.outcome)
+            own = _repeated(run.outcome, run.outcome.batch, 1)  # a metric may write into it
+            values[[place for place, heads in enumerate(sets) if not heads]] = self._values(own, own)
         positions = 0
         width = single.input_ids.shape[1]
         # A layer's keys of columns in the cache are there once per set while it runs, at a part of a column's cost.
         wide = width if run.past is None else max(width - run.past.column, -(-width // 4))
-        drawn = isinstance(self.knock_out, KnockOut) and self.knock_out.mode == "resample"
-        together = 1 if drawn else max(1, self.budget // (len(self.items) * wide))
+        together = 1 if _is_drawn(self.knock_out) else max(1, self.budget // (len(self.items) * wide))
         waiting = list(_parts(sets, self.course, together, empty=run.outcome is None))
         while waiting:
             part = waiting.pop(0)
@@ -254,13 +276,18 @@ class _Chunk:
         if not self.course.blocks:
             return CleanRun(observe(self.model, single, wants=wants)) if "clean" in self.metric.needs else CleanRun()
         column = self._first_column(single)
-        union = {site for heads in sets for site in heads.sites}
-        sites = tuple(self.course.answered) if remembering() else tuple(union)
-        of = (self.model, self.course.blocks, wants, column, self.of.pad, self.of.suffix)
-        return clean_run(self.items, of, lambda: self._run_clean(single, sites, column))
+        if column or not remembering() or self._bytes_kept(single) > MOST:
+            return self._run_clean(single, {site for heads in sets for site in heads.sites}, column)
+        of = (self.model, self.course.blocks, wants, self.of.pad, self.of.suffix)
+        return clean_run(self.items, of, lambda: self._run_clean(single, self.course.answered.keys()))
 
-    def _run_clean(self, single: Batch, sites: tuple[SiteId, ...], column: int) -> CleanRun:
-        with keeping(self.model, self.course, sites) as kept:
+    def _bytes_kept(self, single: Batch) -> int:
+        """About what a clean run leaves: z of every site that may be left out, and as much of every block."""
+        widths = [site.n_heads * site.head_dim for site in self.model.sites if site.id in self.course.answered]
+        return 2 * single.input_ids.numel() * sum(widths) * self.model.dtype.itemsize
+
+    def _run_clean(self, single: Batch, sites: Collection[SiteId], column: int = 0) -> CleanRun:
+        with keeping(self.model, self.course, tuple(sites)) as kept:
             clean = observe(self.model, single, wants=self.metric.wants, cached=column > 0)
         self._require_numbers(clean)
         if not self._same_at_the_end(kept, clean):

@@ -30,7 +30,6 @@ from headwise.model.attached import AttachedModel
 from headwise.probes import ItemSet
 from headwise.scores import HeadScores
 from headwise.sweep import KnockOut, measure_sets
-from headwise.sweep.clean_runs import remembered
 from headwise.sweep.measuring import measure_at, nothing_in_scope
 from headwise.verify.chance import chance_of
 from headwise.verify.elimination import Standing, top_k
@@ -151,7 +150,6 @@ class Race:
 
 
 @freed_memory.kept()
-@remembered()
 def race(
     model: AttachedModel,
     items: ItemSet,

@@ -127,7 +127,7 @@ def temporal_scan(
     cells = [(label, c) for label in chosen.labels for c in coefficients]
     found = torch.zeros(4, len(cells), len(items), dtype=torch.bool)
     budget = budget_of(items, tokens, model.device)
-    for of_items, batch_items in chunks_of(items, budget):
+    for of_items, batch_items in chunks_of(items, budget, model.device):
         clean = _first_tokens(model, pad(batch_items, items.pad, items.suffix, answers=False))
         wanted = torch.tensor([each.twin.answer[0] for each in batch_items if each.twin is not None])
         together = max(1, budget // (len(batch_items) * max(len(each.prompt) for each in batch_items)))
