@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = (
     "room",
     "errors",
+    "freed_memory",
     "whole_file",
     "catalogue",
     "heads",

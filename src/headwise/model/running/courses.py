@@ -79,29 +79,47 @@ def kept_end(model: AttachedModel, course: Course) -> Kept | None:
     of the probe forward does not give its logits now, whatever was measured before."""
     if course.tail is None or occupied(model, course):
         return None
-    last = Start(len(course.blocks) - 1, 1, at_z=False)
+    start = Start(len(course.blocks) - 1, 1, at_z=False)
     with quietly(model.model):
-        front = _front(model, course)
-        with keeping(model, course, ()) as kept, resumed(model, course, front, last):
-            plain = _logits(model(**model.example))
-    if course.tail not in kept.answered:
-        return None
-    columns = min(2, plain.shape[1])
-    with quietly(model.model):
-        ends = _run_from(model, course, kept, replace(last, last=columns), model.example)
+        if model not in _FRONTS:  # whatever its blocks would give now, these outputs serve to try the last one on
+            with keeping(model, course, ()) as kept:
+                model(**model.example)
+            _FRONTS[model] = Kept(outputs=kept.outputs)
+        with keeping(model, course, ()) as kept, resumed(model, course, _FRONTS[model], start):
+            plain = _last_output(model, course)
+        if course.tail not in kept.answered:
+            return None
+        columns = min(2, plain.shape[1])
+        with resumed(model, course, kept, replace(start, last=columns)):
+            ends = _last_output(model, course)
     if not same_logits(ends[:, -columns:], plain[:, -columns:], model.dtype):
         return None
     return Kept(forms=kept.forms, stream=kept.stream, answered=kept.answered)
 
 
-def _front(model: AttachedModel, course: Course) -> Kept:
-    """What the blocks gave in the first probe forward that was asked for: whatever they would give now, it serves to try
-    the last block on."""
-    if model not in _FRONTS:
-        with keeping(model, course, ()) as kept:
-            model(**model.example)
-        _FRONTS[model] = Kept(outputs=kept.outputs)
-    return _FRONTS[model]
+class _Ended(Exception):
+    """The last block has returned; what is behind it is left out."""
+
+    def __init__(self, output: Tensor) -> None:
+        self.output = output
+
+
+def _last_output(model: AttachedModel, course: Course) -> Tensor:
+    """What the last block gives in a probe forward, which ends there."""
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        stream = first_tensor(output)
+        assert stream is not None
+        raise _Ended(stream)
+
+    handle = model.model.get_submodule(course.blocks[-1]).register_forward_hook(end)
+    try:
+        model(**model.example)
+    except _Ended as ended:
+        return ended.output
+    finally:
+        handle.remove()
+    raise HeadwiseError(f"{course.blocks[-1]} did not run in a probe forward")
 
 
 def _measured(model: AttachedModel) -> Course:
