@@ -102,7 +102,7 @@ LAYOUTS: Mapping[str, Layout] = {
     ),
     "stats": Layout(
         {"time.1024": "time, 1k tokens", "time.4096": "time, 4k tokens", "memory.4096": "memory, 4k tokens"},
-        {"time.4096.three": most(1.35), "time.4096.with_distance": most(1.75)},
+        {"time.4096.three": most(1.35), "time.4096.with_distance": most(1.75), "memory.32768.all": most(2.5)},
     ),
     "decode": Layout(goals={"time.retrieval": most(1.05)}),
     "use-overhead": Layout(

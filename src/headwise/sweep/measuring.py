@@ -176,9 +176,9 @@ def first_block(course: Course, heads: HeadSet) -> int:
 def chunks_of(items: ItemSet, budget: int, device: torch.device, *, sets: int = 0) -> Iterator[Placed]:
     """Items of like length together, as many as one forward takes; with their places in the set.
 
-    Of all ways to cut the items, ordered by length, the one that costs least if each chunk is run once as it is, and
-    for `sets` sets of heads that fill up its forwards: the more sets, the less its rows are padded. `budget` is the
-    most tokens of a forward, but for an item that is longer.
+    Ordered by length, they are cut where the length changes or a forward is full, in the way that costs least if each
+    chunk is run once as it is, and for `sets` sets of heads that fill up its forwards: the more sets, the less its rows
+    are padded. `budget` is the most tokens of a forward, but for an item that is longer.
     """
     forward = FORWARD.get(device.type, budget)
     lengths = [len(each.prompt) + len(each.answer) for each in items]
