@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,13 +21,14 @@ from headwise.heads import HeadSet, SiteId
 from headwise.metrics import cross_entropy
 from headwise.model.attached import AttachedModel
 from headwise.model.direct import plain_matrix
+from headwise.probes import encode, probe
 from headwise.probes.encoded import EncodedItem
 from headwise.probes.encoding import ItemSet
 from headwise.probes.item import Item
 from headwise.probes.outcome import observe
 from headwise.scores import HeadScores
 from headwise.sweep import KnockOut, measure_sets
-from headwise.zoo.planted import Example, Planted
+from headwise.zoo.planted import Example, Planted, planted
 
 PROMPTS = ([1, 9, 10, 11, 12], [1, 30, 31], [1, 9, 40, 41, 42, 43, 44, 9])
 ANSWERS = ([20], [22, 23, 24], [27, 28])
@@ -217,3 +219,28 @@ def test_finds_the_planted_heads_and_no_decoy(organism: Planted, attached: Attac
     silent = set(values) - direct - set(truth.with_effect(behaviour, "total").labels)
     assert min(values[label] for label in direct) > 3 * max(values[label] for label in silent)
     assert all(values[label] < 0.3 for label in truth.decoys().labels)
+
+
+def test_what_is_put_behind_the_blocks_after_the_first_call_is_noticed() -> None:
+    organism = planted("llama", layers=4, heads=4, circuits=("induction",), seed=0)
+    items = encode(probe("repeat").over(words=(6,)), organism.tokenizer, n=3)
+    model = hw.attach(organism.model.double(), organism.tokenizer, example=organism.example)
+    first = find("gate-gradient", model, items)
+    again = find("gate-gradient", model, items)  # tries the last block alone
+    assert np.array_equal(first.values["main"], again.values["main"])
+    norm = model.model.get_submodule("model.norm")
+    norm.register_forward_hook(lambda module, args, output: output + args[0].mean(1, keepdim=True))  # mixes columns
+    mixed = find("gate-gradient", model, items)
+    assert not np.allclose(mixed.values["main"], first.values["main"], atol=1e-6)
+    model.detach()
+    fresh = hw.attach(organism.model, organism.tokenizer, example=organism.example)
+    assert np.allclose(mixed.values["main"], find("gate-gradient", fresh, items).values["main"], atol=1e-12)
+
+
+def test_a_model_of_another_dtype_since_the_first_call_is_tried_anew() -> None:
+    organism = planted("llama", layers=4, heads=4, circuits=("induction",), seed=0)
+    items = encode(probe("repeat").over(words=(6,)), organism.tokenizer, n=3)
+    model = hw.attach(organism.model, organism.tokenizer, example=organism.example)
+    single = find("gate-gradient", model, items)
+    organism.model.double()
+    assert np.allclose(find("gate-gradient", model, items).values["main"], single.values["main"], rtol=1e-3, atol=1e-5)

@@ -11,9 +11,10 @@ import headwise as hw
 from headwise.heads import HeadSet
 from headwise.metrics import Metric
 from headwise.probes import Item, ItemSet, encode, probe
+from headwise.probes.batch import pad
 from headwise.probes.encoded import EncodedItem
 from headwise.probes.outcome import Outcome
-from headwise.sweep import KnockOut, clean_runs, measure_sets, reference_of
+from headwise.sweep import KnockOut, clean_runs, measure_sets, measuring, reference_of
 from headwise.sweep.clean_runs import remembered
 from headwise.sweep.measuring import FORWARD, chunks_of
 from headwise.zoo.planted import planted
@@ -77,6 +78,11 @@ def test_nothing_outlives_the_block(model: hw.AttachedModel, items: ItemSet) -> 
 def test_the_oldest_go_first(model: hw.AttachedModel, items: ItemSet, monkeypatch: pytest.MonkeyPatch) -> None:
     other = encode(probe("repeat").over(words=(6,)), model.tokenizer, n=4, seed=1)
     measure_sets(model, items, SETS, KnockOut())  # what is measured of the model is measured
+    monkeypatch.setattr(measuring, "MOST", 0)  # or larger ones are not even tried
+    with remembered():
+        measure_sets(model, items, SETS, KnockOut())
+        assert not clean_runs._found.get()
+    monkeypatch.undo()
     seen = Forwards(model)
     with remembered():
         measure_sets(model, items, SETS, KnockOut())
@@ -119,6 +125,17 @@ def test_what_resample_draws_does_not_hang_on_other_sets(model: hw.AttachedModel
     assert torch.equal(measure_sets(model, mixed, SETS, how)[5:6], alone)
 
 
+def of_lengths(prompt: int, answer: int) -> EncodedItem:
+    return EncodedItem(Item(prompt="a", answer=" b"), (0,) * prompt, (0,) * answer, (), (), {}, None)
+
+
+@given(lengths=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 9)), min_size=1, max_size=40))
+def test_no_forward_takes_more_than_its_budget(lengths: list[tuple[int, int]]) -> None:
+    items = ItemSet("some", tuple(of_lengths(*each) for each in lengths), {}, "", 0)
+    for _, part in chunks_of(items, 60, torch.device("cpu"), sets=12):
+        assert len(part) == 1 or pad(part, 0, (), answers=True).input_ids.numel() <= 60
+
+
 @given(
     widths=st.lists(st.integers(1, 60), min_size=1, max_size=40),
     budget=st.integers(1, 400),
@@ -127,7 +144,7 @@ def test_what_resample_draws_does_not_hang_on_other_sets(model: hw.AttachedModel
 def test_items_share_forwards_that_they_fit_into_and_cost_no_more_than_as_many_as_fit(
     widths: list[int], budget: int, sets: int
 ) -> None:
-    items = tuple(EncodedItem(Item(prompt="a", answer=" b"), (0,) * width, (), (), (), {}, None) for width in widths)
+    items = tuple(of_lengths(width, 1) for width in widths)
     found = list(chunks_of(ItemSet("some", items, {}, "", 0), budget, torch.device("cpu"), sets=sets))
     assert sorted(place for places, _ in found for place in places) == list(range(len(widths)))
     assert all(part == tuple(items[place] for place in places) for places, part in found)
@@ -147,10 +164,7 @@ def _cost(chunks: list[list[int]], budget: int, sets: int) -> int:
 
 
 def test_items_of_one_length_go_together_where_sets_fill_the_forwards() -> None:
-    items = tuple(
-        EncodedItem(Item(prompt="a", answer=" b"), (0,) * (20 + place % 2 * 10), (), (), (), {}, None)
-        for place in range(20)
-    )
+    items = tuple(of_lengths(20 + place % 2 * 10, 1) for place in range(20))
     given = ItemSet("some", items, {}, "", 0)
     for device, budget, sets, n in (("cpu", 1024, 0, 1), ("cpu", 1024, 12, 2), ("meta", 8192, 12, 1)):
         assert len(list(chunks_of(given, budget, torch.device(device), sets=sets))) == n

@@ -11,7 +11,7 @@ Inside the block the model has to stay as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -99,6 +99,6 @@ def _bytes(run: CleanRun) -> int:
 def _tensors(values: Any) -> Iterator[Tensor]:
     if isinstance(values, Tensor):
         yield values
-    elif isinstance(values, (tuple, list)):
-        for each in values:
+    elif isinstance(values, (tuple, list, Mapping)):
+        for each in values.values() if isinstance(values, Mapping) else values:
             yield from _tensors(each)

@@ -181,21 +181,23 @@ def chunks_of(items: ItemSet, budget: int, device: torch.device, *, sets: int = 
     are padded. `budget` is the most tokens of a forward, but for an item that is longer.
     """
     forward = FORWARD.get(device.type, budget)
-    lengths = [len(each.prompt) + len(each.answer) for each in items]
+    lengths = [(len(each.prompt), len(each.answer)) for each in items]
     order = sorted(range(len(items)), key=lambda place: lengths[place])
-    widths = [lengths[place] for place in order]
-    ends = [end for end in range(1, len(order)) if widths[end] > widths[end - 1]] + [len(order)]
+    ends = [end for end in range(1, len(order)) if lengths[order[end]] > lengths[order[end - 1]]] + [len(order)]
     least: dict[int, tuple[int, int]] = {0: (0, 0)}
     """Of the first so many items: what they cost, and where their last chunk begins."""
     for begin in range(len(order)):
         if begin not in least:
             continue
-        before = begin
+        before, answer = begin, 1
         for to_here in ends[bisect(ends, begin) :]:
-            fit = begin + max(1, budget // widths[to_here - 1])
+            prompt, last = lengths[order[to_here - 1]]
+            answer = max(answer, last)
+            width = prompt + answer - 1
+            fit = begin + max(1, budget // width)
             end = min(to_here, fit)
             if end > before:
-                tokens = (end - begin) * widths[end - 1]
+                tokens = (end - begin) * width
                 forwards = 1 + -(-sets // max(1, budget // tokens))
                 cost = least[begin][0] + forward * forwards + tokens * (1 + sets)
                 least[end] = min(least.get(end, (cost, begin)), (cost, begin))

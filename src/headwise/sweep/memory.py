@@ -13,6 +13,7 @@ from headwise import freed_memory
 from headwise.errors import InputError, Refusal
 from headwise.model.attached import AttachedModel
 from headwise.probes.encoding import ItemSet
+from headwise.sweep.clean_runs import forget
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -70,6 +71,7 @@ def halving(run: Callable[P, R]) -> Callable[P, R]:
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not out_of_memory(error):
                     raise
+            forget()
             given = (*args, *kwargs.values())
             model = next(each for each in given if isinstance(each, AttachedModel))
             items = next(each for each in given if isinstance(each, ItemSet))

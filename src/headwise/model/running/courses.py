@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Mapping
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -33,7 +34,8 @@ of a row in one batch are multiplied in another order than the row alone."""
 CAPTURING = "transformers.utils.output_capturing"
 
 _COURSES: WeakKeyDictionary[AttachedModel, Course] = WeakKeyDictionary()
-_FRONTS: WeakKeyDictionary[AttachedModel, Kept] = WeakKeyDictionary()
+_TRIED: WeakKeyDictionary[AttachedModel, tuple[_Around, Kept]] = WeakKeyDictionary()
+"""What was around the blocks when a whole probe forward was last tried with its last block cut, and what they gave."""
 _MEASURING = threading.RLock()
 
 
@@ -76,25 +78,56 @@ def _global_hooks() -> bool:
 
 def kept_end(model: AttachedModel, course: Course) -> Kept | None:
     """What runs need that begin at the first block and end at the last columns of the last one; None where such a run
-    of the probe forward does not give its logits now, whatever was measured before."""
+    of the probe forward does not give its logits now, whatever was measured before.
+
+    Where nothing outside of the blocks has changed since it did, the last block is tried by itself.
+    """
     if course.tail is None or occupied(model, course):
         return None
+    around = _Around.of(model, course)
     start = Start(len(course.blocks) - 1, 1, at_z=False)
+    tried, front = _TRIED.get(model, (None, Kept()))
+    whole = around.watched or around != tried
     with quietly(model.model):
-        if model not in _FRONTS:  # whatever its blocks would give now, these outputs serve to try the last one on
-            with keeping(model, course, ()) as kept:
-                model(**model.example)
-            _FRONTS[model] = Kept(outputs=kept.outputs)
-        with keeping(model, course, ()) as kept, resumed(model, course, _FRONTS[model], start):
-            plain = _last_output(model, course)
-        if course.tail not in kept.answered:
+        with keeping(model, course, ()) as kept, nullcontext() if whole else resumed(model, course, front, start):
+            plain = _logits(model(**model.example)) if whole else _last_output(model, course)
+        if plain is None or course.tail not in kept.answered:
             return None
         columns = min(2, plain.shape[1])
         with resumed(model, course, kept, replace(start, last=columns)):
-            ends = _last_output(model, course)
-    if not same_logits(ends[:, -columns:], plain[:, -columns:], model.dtype):
+            ends = _logits(model(**model.example)) if whole else _last_output(model, course)
+    if ends is None or not same_logits(ends[:, -columns:], plain[:, -columns:], model.dtype):
         return None
+    if whole:
+        _TRIED[model] = around, Kept(outputs=kept.outputs)
     return Kept(forms=kept.forms, stream=kept.stream, answered=kept.answered)
+
+
+@dataclass(frozen=True)
+class _Around:
+    """What a probe forward hangs on outside of the blocks: inputs, kind of numbers, modules and replaced forwards."""
+
+    inputs: Mapping[str, Any]
+    dtype: torch.dtype
+    device: torch.device
+    modules: tuple[tuple[nn.Module, Any], ...]
+    watched: bool
+    """Whether hooks are on these modules, which would see a forward that ends in the middle."""
+
+    @classmethod
+    def of(cls, model: AttachedModel, course: Course) -> _Around:
+        inside = {module for path in course.blocks for module in model.model.get_submodule(path).modules()}
+        outside = [module for module in model.model.modules() if module not in inside]
+        watched = any(module._forward_hooks or module._forward_pre_hooks for module in outside)
+        forwards = tuple((module, module.__dict__.get("forward")) for module in outside)
+        return cls(model.example, model.dtype, model.device, forwards, watched)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Around)
+            and self.inputs is other.inputs
+            and (self.dtype, self.device, self.modules) == (other.dtype, other.device, other.modules)
+        )
 
 
 class _Ended(Exception):
@@ -104,8 +137,8 @@ class _Ended(Exception):
         self.output = output
 
 
-def _last_output(model: AttachedModel, course: Course) -> Tensor:
-    """What the last block gives in a probe forward, which ends there."""
+def _last_output(model: AttachedModel, course: Course) -> Tensor | None:
+    """What the last block gives in a probe forward, which ends there; None where it goes on all the same."""
 
     def end(module: nn.Module, args: Any, output: Any) -> None:
         stream = first_tensor(output)
@@ -119,7 +152,7 @@ def _last_output(model: AttachedModel, course: Course) -> Tensor:
         return ended.output
     finally:
         handle.remove()
-    raise HeadwiseError(f"{course.blocks[-1]} did not run in a probe forward")
+    return None
 
 
 def _measured(model: AttachedModel) -> Course:
