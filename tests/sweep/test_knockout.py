@@ -17,6 +17,7 @@ from headwise.heads import HeadSet
 from headwise.probes import ItemSet, encode, probe
 from headwise.sweep import MODES, KnockOut, measure_sets
 from headwise.sweep.knockout import reference_of
+from headwise.sweep.measuring import chunks_of
 from headwise.zoo.planted import planted
 
 SETS = [HeadSet.parse(each) for each in ("L0H1", "L1H2, L0H3", "", "L1H0, L1H1, L0H0", "L1H3")]
@@ -68,12 +69,13 @@ def test_draws_are_those_of_the_rows(architecture: str, scope: str) -> None:
     """`resample` draws by row and column, so it is the same only where the rows are laid out alike."""
     model, how = small(architecture), knock_out(architecture, "resample", scope)
     items = texts(architecture)
-    ordered = sorted(range(len(items)), key=lambda i: (len(items.items[i].prompt), i))
-    sorted_items = ItemSet(items.probe, tuple(items.items[i] for i in ordered), {}, items.metric, items.pad)
-    expected = torch.stack(
-        [hw.measure(model, sorted_items, edits=[how.edit(each)] if each else (), batch_size=16) for each in SETS]
-    )
-    torch.testing.assert_close(measure_sets(model, items, SETS, how)[:, ordered], expected.double(), rtol=0, atol=1e-9)
+    found = measure_sets(model, items, SETS, how)
+    for places, part in chunks_of(items, 1024, model.device):
+        together = ItemSet(items.probe, part, {}, items.metric, items.pad)
+        expected = torch.stack(
+            [hw.measure(model, together, edits=[how.edit(each)] if each else (), batch_size=16) for each in SETS]
+        )
+        torch.testing.assert_close(found[:, places], expected.double(), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("mode", ["zero", "mean", "uniform"])
