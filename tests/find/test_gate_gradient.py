@@ -238,7 +238,7 @@ def test_what_is_put_behind_the_blocks_after_the_first_call_is_noticed() -> None
 
 
 def test_a_model_of_another_dtype_since_the_first_call_is_tried_anew() -> None:
-    organism = planted("llama", layers=4, heads=4, circuits=("induction",), seed=0)
+    organism = planted("gpt2", layers=4, heads=4, circuits=("induction",), seed=0)
     items = encode(probe("repeat").over(words=(6,)), organism.tokenizer, n=3)
     model = hw.attach(organism.model, organism.tokenizer, example=organism.example)
     single = find("gate-gradient", model, items)

@@ -264,6 +264,7 @@ class _Chunk:
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not out_of_memory(error) or len(part) == 1:
                     raise
+                forget()
                 _log.warning("out of memory: %d sets of heads go on in two halves", len(part))
                 half = len(part) // 2
                 waiting[:0] = [part[:half], part[half:]]
