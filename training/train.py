@@ -60,7 +60,7 @@ class Shape:
 SHAPES = {
     "main": Shape(seed=0),
     "sibling-1": Shape(seed=1),
-    "sibling-2": Shape(seed=2),
+    "sibling-2": Shape(seed=2, tokens=13_000_000),
     "sibling-3": Shape(seed=3),
     "sibling-gpt2": Shape(seed=4, heads=8, kv_heads=0, head_dim=32, width=256, tokens=16_000_000),
 }

@@ -13,10 +13,6 @@ from headwise.benches.organism import accuracies
 ORGANISMS = Path(__file__).parents[2] / "organisms"
 pytestmark = pytest.mark.skipif(not ORGANISMS.is_dir(), reason="the siblings lie in the repository alone")
 SIBLINGS = ("sibling-1", "sibling-2", "sibling-3", "sibling-gpt2")
-LACKING: dict[str, set[str]] = {
-    "sibling-2": {"conflict.context.accuracy"},
-}
-"""What is below 95 percent, by sibling; the cards say how far."""
 
 
 def figures(name: str) -> dict[str, float]:
@@ -24,9 +20,10 @@ def figures(name: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", SIBLINGS)
-def test_what_is_below_95_percent_is_known(name: str) -> None:
-    below = {key for key, share in figures(name).items() if key.endswith(".accuracy") and share < 0.95}
-    assert below == LACKING.get(name, set())
+def test_every_behaviour_is_at_least_95_percent_right(name: str) -> None:
+    shares = {key: share for key, share in figures(name).items() if key.endswith(".accuracy")}
+    assert len(shares) == 13
+    assert min(shares.values()) >= 0.95
 
 
 @pytest.mark.parametrize("name", SIBLINGS)
