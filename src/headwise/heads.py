@@ -200,7 +200,7 @@ class HeadSet:
                     f"{member!r} cannot be in a set of {_KINDS[self.kind].noun}s; a HeadSet holds heads or KV groups, "
                     "never both"
                 )
-        object.__setattr__(self, "members", tuple(sorted(set(self.members))))
+        object.__setattr__(self, "members", tuple(sorted(set(self.members), key=_order)))
 
     @classmethod
     def parse(cls, form: HeadLike, kind: Kind | None = None) -> HeadSet:
@@ -388,12 +388,19 @@ def _is_integer(value: object) -> bool:
 
 
 def _counted(value: Any, name: str) -> int:
+    if type(value) is int and value >= 0:
+        return value
     if not _is_integer(value):
         raise InputError(f"{name} {value!r} is not a whole number; layers, heads and calls are counted 0, 1, 2, ...")
     number = as_index(value)
     if number < 0:
         raise InputError(f"{name} {number} is negative; layers, heads and calls are counted from 0")
     return number
+
+
+def _order(member: Head | KVGroup) -> tuple[Any, ...]:
+    """As members sort; made once for each, where comparisons would make it anew."""
+    return (*member.site._rank, member.index)
 
 
 def _place(site: SiteId) -> str:

@@ -242,6 +242,16 @@ def test_located_queries_are_the_columns_asked_for(case: tuple[list[list[bool]],
         assert found.tolist() == [[c for c, held in zip(row, inside[0], strict=True) if held] for row in wanted]
 
 
+def test_what_a_word_names_is_told_once_for_all_layers_of_a_forward() -> None:
+    rows = [[False, True, True, True], [True, True, True, True]]
+    frame, following = frame_of(rows, 3), frame_of(rows, 3)
+    found = locate_queries(frame, "last")
+    assert found is not None
+    assert locate_queries(frame, "last") is found
+    assert frame.in_scope("last") is frame.select("last")
+    assert locate_queries(following, "last") is not found
+
+
 def test_a_selector_with_unlike_counts_is_refused_for_reads() -> None:
     frame = frame_of([[True] * 4] * 2, 4, spans={"s": [[0], [1, 2]]})
     with pytest.raises(Refusal, match=r"selects \[1, 2\] positions"):

@@ -124,6 +124,8 @@ def contrast(batch: Batch) -> Callable[[Float[Tensor, "item token vocab"]], Floa
     answers = [batch.items[row].answer[0] for row in others]
 
     def score(logits: Float[Tensor, "item token vocab"]) -> Float[Tensor, " item"]:
+        if not others:
+            return logit_difference(Outcome(batch, logits=logits))
         found = logits.new_zeros(len(batch.items))
         if rows:
             part = replace(batch, items=tuple(batch.items[row] for row in rows), answers=batch.answers[rows])

@@ -92,7 +92,13 @@ class Frame:
         return torch.arange(self.total, device=self.device)
 
     @cached_property
-    def _marked(self) -> dict[Columns, Bool[Tensor, "batch column"]]:
+    def _selected(self) -> dict[str | Columns, Bool[Tensor, "batch column"] | None]:
+        """What was asked for by name: every layer of a forward asks for the same."""
+        return {}
+
+    @cached_property
+    def located(self) -> dict[str | Columns, Int[Tensor, "batch query"] | None]:
+        """Kept by `locate_queries`, which has to wait for the device to count."""
         return {}
 
     @cached_property
@@ -109,7 +115,12 @@ class Frame:
         return seen.max(dim=1).values.clamp(min=0)
 
     def in_scope(self, scope: str) -> Bool[Tensor, "batch column"] | None:
-        """Columns of a scope; None stands for all of them."""
+        """Columns of a scope, not to be written into; None stands for all of them."""
+        if scope not in self._selected:
+            self._selected[scope] = self._of_scope(scope)
+        return self._selected[scope]
+
+    def _of_scope(self, scope: str) -> Bool[Tensor, "batch column"] | None:
         if scope == "all":
             return None
         if scope == "prompt":
@@ -148,9 +159,9 @@ class Frame:
                 return self.columns == self.first[:, None]
             return self.in_scope(positions)
         if isinstance(positions, Columns):
-            if positions not in self._marked:  # every layer of a forward asks for the same ones
-                self._marked[positions] = self._of_prompt(positions)
-            return self._marked[positions]
+            if positions not in self._selected:
+                self._selected[positions] = self._of_prompt(positions)
+            return self._selected[positions]
         if isinstance(positions, slice):
             return self._listed(positions).expand(self.batch, -1)
         if isinstance(positions, Tensor) and positions.dtype == torch.bool:
@@ -350,6 +361,14 @@ def locate_queries(frame: Frame, positions: Positions) -> Int[Tensor, "batch que
     Raises:
         Refusal: the rows of the batch would need different numbers of positions in this forward.
     """
+    if not isinstance(positions, (str, Columns)):
+        return _located(frame, positions)
+    if positions not in frame.located:
+        frame.located[positions] = _located(frame, positions)
+    return frame.located[positions]
+
+
+def _located(frame: Frame, positions: Positions) -> Int[Tensor, "batch query"] | None:
     if positions is None:
         return torch.arange(frame.length, device=frame.device).expand(frame.batch, -1)
     if not isinstance(positions, (str, int, slice, Tensor, Columns)):

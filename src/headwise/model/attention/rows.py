@@ -242,9 +242,10 @@ def _checked(indices: Tensor, size: int, name: str, *, dims: tuple[int, ...]) ->
     if indices.ndim not in dims:
         expected = " or ".join(f"{n}-D" for n in dims)
         raise InputError(f"{name} has shape {list(indices.shape)}, expected {expected} indices")
-    outside = indices[(indices < 0) | (indices >= size)]
-    if len(outside) or not indices.numel():
-        wrong = f"contains {int(outside[0])}" if len(outside) else "is empty"
+    listed = indices.flatten().tolist()  # the device is waited for once
+    low, high = min(listed, default=-1), max(listed, default=-1)
+    if low < 0 or high >= size:
+        wrong = f"contains {low if low < 0 else high}" if listed else "is empty"
         raise InputError(f"{name} {wrong}, expected some of 0 to {size - 1}")
     return indices
 
@@ -253,7 +254,8 @@ def owners_of(call: AttentionCall, heads: Tensor, n_shared: int) -> list[int]:
     """The key (or value) head that each of `heads` reads: query heads are dealt out in blocks, in order."""
     if call.n_heads % n_shared:
         raise Refusal(f"{call.n_heads} query heads do not divide over {n_shared} key/value heads; rows are not defined")
-    return (heads // (call.n_heads // n_shared)).tolist()
+    share = call.n_heads // n_shared
+    return [head // share for head in heads.tolist()]
 
 
 def _by_owner(

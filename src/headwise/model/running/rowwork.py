@@ -86,9 +86,10 @@ def edited_rows(
             scores = _applied(scored.scores.clamp(min=HIDDEN), seen, heads, queries, placed, stage)
             scored = replace(scored, scores=scores.masked_fill(~seen, float("-inf")))
     scored = replace(scored, scores=_tap_rows(scored.scores, "scores", heads, queries, graded, stage))
-    pattern, seen = pattern_rows(scored), visible(scored)
+    pattern = pattern_rows(scored)
     for placed in edits:
         if placed.edit.variable == "pattern":
+            seen = visible(scored)
             weights = _applied(pattern.weights, seen, heads, queries, placed, stage)
             pattern = replace(pattern, weights=weights.masked_fill(~seen, 0.0))
     pattern = replace(pattern, weights=_tap_rows(pattern.weights, "rows", heads, queries, graded, stage))
