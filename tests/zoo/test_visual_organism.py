@@ -66,11 +66,10 @@ def test_it_answers_as_its_card_says(model, behaviour: str) -> None:
     assert share == pytest.approx(FIGURES[f"{behaviour}.accuracy"], abs=0.15)
 
 
-def test_all_but_long_answers_are_at_least_95_percent_right_on_clear_pictures() -> None:
+def test_all_but_whole_strips_are_at_least_95_percent_right_on_clear_pictures() -> None:
     below = {name for name, share in FIGURES.items() if name.endswith(".accuracy") and share < 0.95}
-    assert below == {"strip.accuracy", "listing.accuracy"}
-    assert FIGURES["strip.accuracy"] > 0.75
-    assert FIGURES["listing.accuracy"] > 0.9
+    assert below == {"strip.accuracy"}
+    assert FIGURES["strip.accuracy"] > 0.8
 
 
 def test_it_says_yes_to_the_absent_partner_of_what_is_there_where_pictures_are_faint(model) -> None:
