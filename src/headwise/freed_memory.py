@@ -25,7 +25,7 @@ KEPT, BETWEEN = 2**30, 2 * LARGEST
 """Longest free end of the heap inside `kept` and behind it; the second is glibc's own for blocks of `LARGEST`."""
 
 _lock = Lock()
-_open = _free_before = 0
+_open = 0
 
 
 @contextmanager
@@ -39,16 +39,13 @@ def kept() -> Iterator[None]:
 
 
 def _opened(by: int) -> None:
-    global _open, _free_before
+    global _open
     with _lock:
         before, _open = _open, _open + by
         if (glibc := _glibc()) is not None and 0 in (before, _open):
             glibc.mallopt(MMAP, LARGEST)
             glibc.mallopt(TRIM, KEPT if _open else BETWEEN)
-            free = glibc.mallinfo2().fordblks
-            if _open:
-                _free_before = free
-            elif free > _free_before + BETWEEN:  # what others have left free is theirs, and takes long to give back
+            if not _open and glibc.mallinfo2().fordblks > BETWEEN:
                 glibc.malloc_trim(BETWEEN)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headwise.errors import InputError, Refusal
-from headwise.model.positions import Frame, Window, check_scope, checked_span, locate_queries
+from headwise.model.positions import Columns, Frame, Window, check_scope, checked_span, locate_queries
 
 CPU = torch.device("cpu")
 SELECTORS: list[Any] = [
@@ -250,6 +250,20 @@ def test_what_a_word_names_is_told_once_for_all_layers_of_a_forward() -> None:
     assert locate_queries(frame, "last") is found
     assert frame.in_scope("last") is frame.select("last")
     assert locate_queries(following, "last") is not found
+
+
+def test_what_was_told_in_inference_mode_may_meet_a_graph_later() -> None:
+    frame = frame_of([[True] * 4] * 2, 4)
+    with torch.inference_mode():
+        kept = [frame.in_scope("last"), frame.select(Columns(("last",))), locate_queries(frame, "last")]
+    assert not any(each is None or each.is_inference() for each in kept)
+
+
+def test_all_positions_are_all_queries() -> None:
+    frame = frame_of([[True] * 4] * 2, 4)
+    found = locate_queries(frame, "all")
+    assert found is not None
+    assert found.tolist() == [[0, 1, 2, 3]] * 2
 
 
 def test_a_selector_with_unlike_counts_is_refused_for_reads() -> None:

@@ -130,8 +130,7 @@ def contrast(batch: Batch) -> Callable[[Float[Tensor, "item token vocab"]], Floa
         if rows:
             part = replace(batch, items=tuple(batch.items[row] for row in rows), answers=batch.answers[rows])
             found[rows] = logit_difference(Outcome(part, logits=logits[rows]))
-        if others:
-            found[others] = logits[others, 0, answers] - logits[others, 0].mean(-1)
+        found[others] = logits[others, 0, answers] - logits[others, 0].mean(-1)
         return found
 
     return score

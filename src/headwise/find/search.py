@@ -121,7 +121,6 @@ def gathered(
     return HeadScores(values, {stack: tuple(sites) for stack, sites in stacks.items()}, ids, about)
 
 
-@freed_memory.kept()
 def over_batches(
     items: ItemSet,
     score: Callable[[Batch], Mapping[SiteId, Float[Tensor, "item head"]]],

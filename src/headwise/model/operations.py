@@ -120,6 +120,8 @@ class Decided:
 class Here:
     """Where an operation stands: one call of one site, and what it may look at there.
 
+    Its tensors are not to be written into: other layers see the same ones.
+
     Attributes:
         site, label: the site (or, for mlp and residual, the block).
         heads: indices of the selected heads in the site; `names`: their labels; `slots`: their places in the whole

@@ -120,6 +120,7 @@ class Frame:
             self._selected[scope] = self._of_scope(scope)
         return self._selected[scope]
 
+    @torch.inference_mode(False)  # what is kept may meet a graph in a later layer
     def _of_scope(self, scope: str) -> Bool[Tensor, "batch column"] | None:
         if scope == "all":
             return None
@@ -172,6 +173,7 @@ class Frame:
             chosen |= self.columns == self.absolute(position)[:, None]
         return chosen
 
+    @torch.inference_mode(False)
     def _of_prompt(self, columns: Columns) -> Bool[Tensor, "batch column"]:
         prompt = self.in_scope("prompt")
         assert prompt is not None
@@ -368,8 +370,9 @@ def locate_queries(frame: Frame, positions: Positions) -> Int[Tensor, "batch que
     return frame.located[positions]
 
 
+@torch.inference_mode(False)
 def _located(frame: Frame, positions: Positions) -> Int[Tensor, "batch query"] | None:
-    if positions is None:
+    if positions is None or (isinstance(positions, str) and positions == "all"):
         return torch.arange(frame.length, device=frame.device).expand(frame.batch, -1)
     if not isinstance(positions, (str, int, slice, Tensor, Columns)):
         for position in positions:

@@ -242,7 +242,8 @@ def _checked(indices: Tensor, size: int, name: str, *, dims: tuple[int, ...]) ->
     if indices.ndim not in dims:
         expected = " or ".join(f"{n}-D" for n in dims)
         raise InputError(f"{name} has shape {list(indices.shape)}, expected {expected} indices")
-    listed = indices.flatten().tolist()  # the device is waited for once
+    few = indices.flatten() if indices.numel() <= 64 else torch.stack(indices.aminmax())
+    listed = few.tolist()  # the device is waited for once
     low, high = min(listed, default=-1), max(listed, default=-1)
     if low < 0 or high >= size:
         wrong = f"contains {low if low < 0 else high}" if listed else "is empty"
